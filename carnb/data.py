@@ -8,7 +8,7 @@ __all__ = ['PHOTO_SUFFIXES', 'test_nfd', 'FINDINGS', 'BOMB_PIXELS', 'CHECK_VERSI
            'merge_suggestions', 'Competition', 'read_class_folders', 'check_photo', 'check_photos', 'findings_table',
            'duplicate_pairs', 'group_items', 'make_folds', 'rare_classes', 'leak_report', 'assign_folds']
 
-# %% ../nbs/01_data.ipynb #dd0ec927
+# %% ../nbs/01_data.ipynb #4f99aef4
 import csv, hashlib, io, os, unicodedata, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from .core import *
 
-# %% ../nbs/01_data.ipynb #fd07bb4c
+# %% ../nbs/01_data.ipynb #ed8269c8
 PHOTO_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.jfif'}
 Image.MAX_IMAGE_PIXELS = None # size is checked here, with a message of our own
 cv2.setNumThreads(0) # our parallelism is over photos
@@ -53,6 +53,7 @@ def decode_image(
             reduced = next((f for f in (8, 4, 2) if k >= f), None)
             if reduced: flag = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}[reduced]
         im = cv2.imdecode(np.frombuffer(raw, 'u1'), flag)
+        if im is None: im = cv2.imdecode(np.frombuffer(raw+b'\xff\xd9', 'u1'), flag) # cut off: with an end marker, what is there is decoded
         if im is not None: return im if flag == cv2.IMREAD_COLOR_RGB else im[..., ::-1]
     try:
         with Image.open(io.BytesIO(raw)) as im: return np.asarray(_rgb(im))
@@ -67,7 +68,7 @@ def read_image(
     except OSError as e: raise DataError(f'{path}: {e.strerror}') from None
     except DataError as e: raise DataError(f'{path}: {e}') from None
 
-# %% ../nbs/01_data.ipynb #30ec40bf
+# %% ../nbs/01_data.ipynb #b1c76cf0
 def nfc(
     s, # any name
 )->str:
@@ -85,7 +86,7 @@ def list_photos(
 
 test_nfd = unicodedata.normalize('NFD', '나래')
 
-# %% ../nbs/01_data.ipynb #41dbfc87
+# %% ../nbs/01_data.ipynb #d5c38851
 def read_csv_text(
     path, # a CSV in UTF-8 (with or without BOM) or CP949
 )->tuple[str,str]: # text, encoding
@@ -132,7 +133,7 @@ def read_template(
     raise_problems(f'{path} cannot serve as template', problems, DataError)
     return Template(Path(path), ids, head[0], head[1:], enc, '\r\n' if '\r\n' in text else '\n')
 
-# %% ../nbs/01_data.ipynb #f790d461
+# %% ../nbs/01_data.ipynb #07b0a356
 def read_merges(
     merges, # a dict name -> list of names, a YAML file with one, or None
 )->dict: # name -> class
@@ -159,7 +160,7 @@ def merge_suggestions(
     by = pd.Series(list(classes)).groupby([key(c) for c in classes]).agg(tuple)
     return [g for g in by if len(g) > 1]
 
-# %% ../nbs/01_data.ipynb #11857fca
+# %% ../nbs/01_data.ipynb #6a855f80
 @dataclass(frozen=True)
 class Competition:
     "A data folder as tables: items, class list, template"
@@ -199,18 +200,14 @@ def _test_items(d, template, problems):
             if twice: problems.append(f'test.csv: ID more than once: {", ".join(twice[:5])}')
             return res
     files = list_photos(d/'test') if (d/'test').is_dir() else []
-    if template is not None and files:
-        by = {f.stem: f for f in files} | {f.name: f for f in files}
-        lost = [i for i in template.ids if i not in by]
-        if lost: problems.append(f'{len(lost)} ids of {template.path.name} have no photo in test/: {", ".join(lost[:3])}')
-        return pd.DataFrame(dict(id=template.ids, path=[by[i].relative_to(d).as_posix() if i in by else '' for i in template.ids]))
-    return pd.DataFrame(dict(id=[f.stem for f in files], path=[f.relative_to(d).as_posix() for f in files]), dtype=object)
+    ids = set(template.ids) if template else set() # an ID is the file's name, with or without suffix
+    return pd.DataFrame(dict(id=[f.name if f.name in ids else f.stem for f in files], path=[f.relative_to(d).as_posix() for f in files]), dtype=object)
 
 def _match(template, test, classes, merges, problems):
     "Problems between template, test photos and classes; returns column -> class"
     if template is None: return {}
     a, b = set(template.ids), set(test.id)
-    if len(test) and a-b: problems.append(f'{template.path.name} has {len(a-b)} ids without a test photo: {", ".join(sorted(a-b)[:3])}')
+    if len(test) and a-b: problems.append(f'{template.path.name} has {len(a-b)} ids without a photo in test/: {", ".join(sorted(a-b)[:3])}')
     if len(test) and b-a: problems.append(f'{len(b-a)} test photos are missing in {template.path.name}: {", ".join(sorted(b-a)[:3])}')
     if template.kind == 'labels': return {}
     column_class = {c: merges.get(nfc(c), nfc(c)) for c in template.columns}
@@ -256,7 +253,7 @@ def _table(train, test):
     raise_problems('the data has ids more than once', twice, DataError)
     return items[['id', 'path', 'label', 'target', 'fold', 'group', 'split']]
 
-# %% ../nbs/01_data.ipynb #b1e8838d
+# %% ../nbs/01_data.ipynb #87ddb09a
 FINDINGS = { # code: (severity, what is done)
     'missing':      ('error', 'file is not there'),
     'empty':        ('error', 'zero bytes'),
@@ -317,7 +314,7 @@ def check_photo(
     for i,c in enumerate('rgb'): row[f'mean_{c}'], row[f'sq_{c}'] = float(px[:,i].mean()), float((px[:,i]**2).mean())
     return done(*codes)
 
-# %% ../nbs/01_data.ipynb #7e28840f
+# %% ../nbs/01_data.ipynb #c4d2fad6
 def check_photos(
     data_dir, # `paths` are below it
     paths, # files to check
@@ -354,7 +351,7 @@ def findings_table(
     t = pd.DataFrame(rows, columns=['path', 'finding', 'severity', 'what', 'message'])
     return t.sort_values('severity', key=lambda s: s.map(dict(error=0, warning=1, note=2)), kind='stable', ignore_index=True)
 
-# %% ../nbs/01_data.ipynb #b5226697
+# %% ../nbs/01_data.ipynb #3c28988d
 def duplicate_pairs(
     checked:pd.DataFrame, # from `check_photos`
     max_bits:int=8, # differing bits of 64 that are still near
@@ -394,7 +391,7 @@ def group_items(
     names = items.group.groupby(comp).transform('first')
     return names
 
-# %% ../nbs/01_data.ipynb #fa6cb410
+# %% ../nbs/01_data.ipynb #3cff3761
 def make_folds(
     items:pd.DataFrame, # training rows: id, target, group
     n_folds:int=5, # at least 2
@@ -421,7 +418,7 @@ def rare_classes(
     n = items.groupby('target').group.nunique()
     return n[n < n_folds].sort_values()
 
-# %% ../nbs/01_data.ipynb #b6f2a0cd
+# %% ../nbs/01_data.ipynb #ff19d05c
 def leak_report(
     items:pd.DataFrame, # training rows with folds
     pairs:pd.DataFrame, # from `duplicate_pairs`
