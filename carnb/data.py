@@ -8,7 +8,7 @@ __all__ = ['PHOTO_SUFFIXES', 'test_nfd', 'FINDINGS', 'BOMB_PIXELS', 'CHECK_VERSI
            'merge_suggestions', 'Competition', 'read_class_folders', 'check_photo', 'check_photos', 'findings_table',
            'duplicate_pairs', 'group_items', 'make_folds', 'rare_classes', 'leak_report', 'assign_folds']
 
-# %% ../nbs/01_data.ipynb #4f99aef4
+# %% ../nbs/01_data.ipynb #7b41b09e
 import csv, hashlib, io, os, unicodedata, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,10 +16,10 @@ from pathlib import Path
 import cv2, imagehash, numpy as np, pandas as pd, yaml
 from fastcore.basics import AttrDict
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .core import *
 
-# %% ../nbs/01_data.ipynb #ed8269c8
+# %% ../nbs/01_data.ipynb #34c300d1
 PHOTO_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.jfif'}
 Image.MAX_IMAGE_PIXELS = None # size is checked here, with a message of our own
 cv2.setNumThreads(0) # our parallelism is over photos
@@ -68,7 +68,7 @@ def read_image(
     except OSError as e: raise DataError(f'{path}: {e.strerror}') from None
     except DataError as e: raise DataError(f'{path}: {e}') from None
 
-# %% ../nbs/01_data.ipynb #b1c76cf0
+# %% ../nbs/01_data.ipynb #e0d33b92
 def nfc(
     s, # any name
 )->str:
@@ -86,7 +86,7 @@ def list_photos(
 
 test_nfd = unicodedata.normalize('NFD', '나래')
 
-# %% ../nbs/01_data.ipynb #d5c38851
+# %% ../nbs/01_data.ipynb #9d878106
 def read_csv_text(
     path, # a CSV in UTF-8 (with or without BOM) or CP949
 )->tuple[str,str]: # text, encoding
@@ -133,7 +133,7 @@ def read_template(
     raise_problems(f'{path} cannot serve as template', problems, DataError)
     return Template(Path(path), ids, head[0], head[1:], enc, '\r\n' if '\r\n' in text else '\n')
 
-# %% ../nbs/01_data.ipynb #07b0a356
+# %% ../nbs/01_data.ipynb #7cc8c841
 def read_merges(
     merges, # a dict name -> list of names, a YAML file with one, or None
 )->dict: # name -> class
@@ -160,7 +160,7 @@ def merge_suggestions(
     by = pd.Series(list(classes)).groupby([key(c) for c in classes]).agg(tuple)
     return [g for g in by if len(g) > 1]
 
-# %% ../nbs/01_data.ipynb #6a855f80
+# %% ../nbs/01_data.ipynb #b58d7c72
 @dataclass(frozen=True)
 class Competition:
     "A data folder as tables: items, class list, template"
@@ -253,7 +253,7 @@ def _table(train, test):
     raise_problems('the data has ids more than once', twice, DataError)
     return items[['id', 'path', 'label', 'target', 'fold', 'group', 'split']]
 
-# %% ../nbs/01_data.ipynb #87ddb09a
+# %% ../nbs/01_data.ipynb #fa252cf6
 FINDINGS = { # code: (severity, what is done)
     'missing':      ('error', 'file is not there'),
     'empty':        ('error', 'zero bytes'),
@@ -314,7 +314,7 @@ def check_photo(
     for i,c in enumerate('rgb'): row[f'mean_{c}'], row[f'sq_{c}'] = float(px[:,i].mean()), float((px[:,i]**2).mean())
     return done(*codes)
 
-# %% ../nbs/01_data.ipynb #c4d2fad6
+# %% ../nbs/01_data.ipynb #b1bfc9b5
 def check_photos(
     data_dir, # `paths` are below it
     paths, # files to check
@@ -351,7 +351,7 @@ def findings_table(
     t = pd.DataFrame(rows, columns=['path', 'finding', 'severity', 'what', 'message'])
     return t.sort_values('severity', key=lambda s: s.map(dict(error=0, warning=1, note=2)), kind='stable', ignore_index=True)
 
-# %% ../nbs/01_data.ipynb #3c28988d
+# %% ../nbs/01_data.ipynb #51600444
 def duplicate_pairs(
     checked:pd.DataFrame, # from `check_photos`
     max_bits:int=8, # differing bits of 64 that are still near
@@ -391,7 +391,7 @@ def group_items(
     names = items.group.groupby(comp).transform('first')
     return names
 
-# %% ../nbs/01_data.ipynb #3cff3761
+# %% ../nbs/01_data.ipynb #3d796f39
 def make_folds(
     items:pd.DataFrame, # training rows: id, target, group
     n_folds:int=5, # at least 2
@@ -418,7 +418,7 @@ def rare_classes(
     n = items.groupby('target').group.nunique()
     return n[n < n_folds].sort_values()
 
-# %% ../nbs/01_data.ipynb #ff19d05c
+# %% ../nbs/01_data.ipynb #b185ed16
 def leak_report(
     items:pd.DataFrame, # training rows with folds
     pairs:pd.DataFrame, # from `duplicate_pairs`
