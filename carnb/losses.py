@@ -8,13 +8,13 @@ __all__ = ['LOSSES', 'ClassificationLoss', 'smooth_targets', 'CrossEntropyLoss',
            'mix_targets', 'MixUpCrossEntropyLoss', 'SoftMacroF1Loss', 'MacroF1CrossEntropyLoss', 'loss_parameters',
            'make_loss']
 
-# %% ../nbs/04_losses.ipynb #535445c7
+# %% ../nbs/04_losses.ipynb #1e8451a4
 import inspect, math
 import numpy as np
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 
-# %% ../nbs/04_losses.ipynb #f1a858e7
+# %% ../nbs/04_losses.ipynb #681adbe7
 _ranges = dict(
     label_smoothing=('0 <= label_smoothing < 1', lambda x: 0 <= x < 1),
     gamma=('gamma >= 0', lambda x: x >= 0),
@@ -35,7 +35,7 @@ def _problems(**settings):
 def _check(**settings):
     if bad := _problems(**settings): raise ValueError('; '.join(bad))
 
-# %% ../nbs/04_losses.ipynb #8f03a193
+# %% ../nbs/04_losses.ipynb #4eb81562
 def _class_weight(weight, n_classes=None):
     "`weight` as a float64 tensor (C,), or a ValueError"
     w = torch.as_tensor(np.asarray(weight.detach().cpu() if isinstance(weight, Tensor) else weight, dtype=np.float64))
@@ -44,7 +44,7 @@ def _class_weight(weight, n_classes=None):
     if n_classes and len(w) != n_classes: raise ValueError(f"weight: {len(w)} numbers, expected {n_classes}, one per class")
     return w
 
-# %% ../nbs/04_losses.ipynb #1c79fc65
+# %% ../nbs/04_losses.ipynb #54bb6b43
 class ClassificationLoss(nn.Module):
     "Base of all losses: checks, soft targets, weights, reduction, and what fastai asks for"
     soft_targets_ok = True # soft targets (n, C) have a meaning for this loss
@@ -59,7 +59,8 @@ class ClassificationLoss(nn.Module):
         if n_classes is not None and (not isinstance(n_classes, (int,np.integer)) or n_classes < 2):
             raise ValueError(f"n_classes: {n_classes!r}, expected an integer >= 2")
         self.reduction,self.n_classes = reduction,n_classes
-        self.register_buffer('weight', None if weight is None else _class_weight(weight, n_classes), persistent=False)
+        self.weight = None if weight is None else _class_weight(weight, n_classes)       # float64 on the CPU
+        self._cast = None                                                                # the same as the logits want it
 
     def forward(self, logits, targets):
         logits,q,bad = self._prepare(logits, targets)
@@ -68,6 +69,13 @@ class ClassificationLoss(nn.Module):
     def losses(self, logits, q):
         "Weighted loss of each photo (n,), given logits (n, C) and soft targets q (n, C)"
         raise NotImplementedError
+
+    def weight_like(self, q):
+        "`weight` with the type and the device of `q`, moved once"
+        if type(q) is not Tensor: return self.weight.to(q)
+        if self._cast is None or self._cast.dtype != q.dtype or self._cast.device != q.device: self._cast = self.weight.to(q)
+        return self._cast
+    def __getstate__(self): return {**super().__getstate__(), '_cast': None}
 
     def activation(self, x): return F.softmax(_plain(x).float(), dim=-1)
     def decodes(self, x): return x.argmax(dim=-1)
@@ -83,7 +91,7 @@ def _plain(x):
     if not isinstance(x, Tensor): raise ValueError(f"{type(x).__name__}, expected a torch tensor")
     return x.as_subclass(Tensor)
 
-# %% ../nbs/04_losses.ipynb #f96cd916
+# %% ../nbs/04_losses.ipynb #47a2a7f1
 def _check_values(t, n_classes):
     "Raise for labels out of range, or soft targets that are no distribution"
     if t.ndim == 1:
@@ -99,7 +107,7 @@ def _bad_rows(t, n_classes):
     if t.ndim == 1: return (t < 0) | (t >= n_classes)
     return ~((t >= 0).all(1) & ((t.sum(1) - 1).abs() <= 1e-2))
 
-# %% ../nbs/04_losses.ipynb #d488a715
+# %% ../nbs/04_losses.ipynb #3b9ec377
 def _prepare(self, logits, targets):
     logits,t = _plain(logits),_plain(targets)
     if logits.ndim != 2 or not logits.is_floating_point() or len(logits) == 0:
@@ -122,7 +130,7 @@ def _prepare(self, logits, targets):
 
 def _photo_weight(self, q):
     "Weight of each photo (n,)"
-    return q.new_ones(len(q)) if self.weight is None else (q * self.weight.to(q)).sum(1)
+    return q.new_ones(len(q)) if self.weight is None else (q * self.weight_like(q)).sum(1)
 
 def _reduce(self, losses, q, bad):
     if bad is not None: losses = torch.where(bad, torch.full_like(losses, torch.nan), losses)
@@ -133,7 +141,7 @@ def _reduce(self, losses, q, bad):
 
 ClassificationLoss._prepare,ClassificationLoss._photo_weight,ClassificationLoss._reduce = _prepare,_photo_weight,_reduce
 
-# %% ../nbs/04_losses.ipynb #b823a479
+# %% ../nbs/04_losses.ipynb #72a2dca1
 def smooth_targets(
     q:Tensor, # (n, C) soft targets
     label_smoothing:float # share of the mass that is spread over all classes
@@ -156,10 +164,10 @@ class CrossEntropyLoss(ClassificationLoss):
         self.label_smoothing = label_smoothing
     def losses(self, logits, q):
         q = smooth_targets(q, self.label_smoothing)
-        if self.weight is not None: q = q * self.weight.to(q)
+        if self.weight is not None: q = q * self.weight_like(q)
         return -_expectation(q, F.log_softmax(logits, dim=1))
 
-# %% ../nbs/04_losses.ipynb #985093b2
+# %% ../nbs/04_losses.ipynb #eaea5d86
 class LabelSmoothingLoss(CrossEntropyLoss):
     "Cross-entropy with label smoothing on by default"
     def __init__(self,
@@ -169,7 +177,7 @@ class LabelSmoothingLoss(CrossEntropyLoss):
         n_classes:int=None # number of classes C
     ): super().__init__(label_smoothing, weight, reduction, n_classes)
 
-# %% ../nbs/04_losses.ipynb #a7c56232
+# %% ../nbs/04_losses.ipynb #67cb995e
 def class_weights(
     counts, # (C,) training photos per class, each >= 1
     beta:float=.999 # 0: equal weights, 1: inverse frequency
@@ -184,7 +192,7 @@ def class_weights(
     w = 1/e
     return torch.as_tensor(w/w.mean())
 
-# %% ../nbs/04_losses.ipynb #1e57ea52
+# %% ../nbs/04_losses.ipynb #b50b785f
 def _focal(logits, q, gamma):
     "Focal loss of each photo (n,)"
     logp = F.log_softmax(logits, dim=1)
@@ -205,9 +213,9 @@ class FocalLoss(ClassificationLoss):
         super().__init__(weight if alpha is None else alpha, reduction, n_classes)
         _check(gamma=gamma)
         self.gamma = gamma
-    def losses(self, logits, q): return _focal(logits, q if self.weight is None else q*self.weight.to(q), self.gamma)
+    def losses(self, logits, q): return _focal(logits, q if self.weight is None else q*self.weight_like(q), self.gamma)
 
-# %% ../nbs/04_losses.ipynb #7e7ecae6
+# %% ../nbs/04_losses.ipynb #6c292999
 class LabelSmoothingFocalLoss(FocalLoss):
     "Focal loss of smoothed targets"
     def __init__(self,
@@ -222,7 +230,7 @@ class LabelSmoothingFocalLoss(FocalLoss):
         self.label_smoothing = label_smoothing
     def losses(self, logits, q): return super().losses(logits, smooth_targets(q, self.label_smoothing))
 
-# %% ../nbs/04_losses.ipynb #5064b304
+# %% ../nbs/04_losses.ipynb #90d11b7a
 def _log_exp_t(x, t):
     "log of the tempered exponential of -x; -inf outside the support of t < 1"
     s = t - 1
@@ -253,7 +261,7 @@ def tempered_softmax(
     "Softmax with a tempered exponential"
     return tempered_log_softmax(logits, t).exp()
 
-# %% ../nbs/04_losses.ipynb #bec3ae76
+# %% ../nbs/04_losses.ipynb #75161a11
 def _log_t_exp(logx, t):
     "Tempered logarithm of exp(logx)"
     return logx if t == 1 else torch.expm1((1-t)*logx)/(1-t)
@@ -274,7 +282,7 @@ class _BiTempered(torch.autograd.Function):
         escort = F.softmax(ctx.t2*logp, dim=1)
         return grad[:,None] * (g - escort*g.sum(1, keepdim=True)), None, None, None
 
-# %% ../nbs/04_losses.ipynb #141d84c8
+# %% ../nbs/04_losses.ipynb #47c94e30
 class BiTemperedLogisticLoss(ClassificationLoss):
     "Logistic loss that wrong labels cannot dominate"
     def __init__(self,
@@ -296,7 +304,7 @@ class BiTemperedLogisticLoss(ClassificationLoss):
     def activation(self, x): return tempered_softmax(_plain(x).float(), self.t2)
     def log_probs(self, x): return tempered_log_softmax(_plain(x).float(), self.t2)
 
-# %% ../nbs/04_losses.ipynb #37b883b4
+# %% ../nbs/04_losses.ipynb #1ee105e0
 def mix_targets(
     targets_a:Tensor, # (n,) class indices of the first photos
     targets_b:Tensor, # (n,) class indices of the second photos
@@ -307,12 +315,13 @@ def mix_targets(
     a,b = _plain(targets_a),_plain(targets_b)
     if a.shape != b.shape or a.ndim != 1 or a.is_floating_point() or b.is_floating_point():
         raise ValueError(f"targets_a, targets_b: {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}, expected class indices (n,) of equal length")
-    lam = torch.as_tensor(lam, dtype=torch.float32 if not isinstance(lam, Tensor) else None, device=a.device)
+    lam = torch.as_tensor(lam, dtype=lam.dtype if isinstance(lam, Tensor) and lam.is_floating_point() else torch.float32, device=a.device)
     if lam.ndim > 1 or (lam.ndim == 1 and len(lam) != len(a)): raise ValueError(f"lam: shape {tuple(lam.shape)}, expected a number or ({len(a)},)")
     readable = all(type(o) is Tensor and o.device.type == 'cpu' for o in (a, b, lam))
     if readable and not ((lam >= 0) & (lam <= 1)).all(): raise ValueError(f"lam: {lam.min():.4g} to {lam.max():.4g}, expected between 0 and 1")
     if readable:
         for t in (a, b): _check_values(t, n_classes)
+    lam = lam.as_subclass(Tensor)
     hot = lambda t: torch.zeros(len(t), n_classes, dtype=lam.dtype, device=t.device).scatter_(1, t.long().clamp(0, n_classes-1)[:,None], 1)
     lam = lam.reshape(-1, 1)
     q = lam*hot(a) + (1-lam)*hot(b)
@@ -320,7 +329,7 @@ def mix_targets(
     bad = _bad_rows(a, n_classes) | _bad_rows(b, n_classes) | (~((lam >= 0) & (lam <= 1)))[:,0]
     return torch.where(bad[:,None], torch.full_like(q, torch.nan), q)
 
-# %% ../nbs/04_losses.ipynb #d438da6d
+# %% ../nbs/04_losses.ipynb #5e2598ca
 class MixUpCrossEntropyLoss(CrossEntropyLoss):
     "Cross-entropy for blended photos: `(logits, soft_targets)` or `(logits, targets_a, targets_b, lam)`"
     def forward(self, logits, targets, targets_b=None, lam=None):
@@ -328,7 +337,7 @@ class MixUpCrossEntropyLoss(CrossEntropyLoss):
         if lam is not None: targets = mix_targets(targets, targets_b, lam, _plain(logits).shape[-1])
         return super().forward(logits, targets)
 
-# %% ../nbs/04_losses.ipynb #e5e09817
+# %% ../nbs/04_losses.ipynb #86d75670
 def _soft_f1(logits, q, weight=None):
     "Per-photo split of 1 - mean soft F1 of the classes that occur in q: (n,)"
     p = F.softmax(logits, dim=1)
@@ -343,7 +352,7 @@ class SoftMacroF1Loss(ClassificationLoss):
     def losses(self, logits, q): return _soft_f1(logits, q, self.weight)
     def _photo_weight(self, q): return q.new_ones(len(q))          # weights act between classes, not between photos
 
-# %% ../nbs/04_losses.ipynb #0e0c258e
+# %% ../nbs/04_losses.ipynb #8d596544
 class MacroF1CrossEntropyLoss(CrossEntropyLoss):
     "Cross-entropy plus soft macro-F1"
     def __init__(self,
@@ -360,7 +369,7 @@ class MacroF1CrossEntropyLoss(CrossEntropyLoss):
         w = self._photo_weight(q)
         return super().losses(logits, q) + self.f1_weight*_soft_f1(logits, q, self.weight)*w.sum()/len(q)
 
-# %% ../nbs/04_losses.ipynb #5745499a
+# %% ../nbs/04_losses.ipynb #297496ba
 LOSSES = dict(cross_entropy=CrossEntropyLoss, label_smoothing=LabelSmoothingLoss, focal=FocalLoss,
     label_smoothing_focal=LabelSmoothingFocalLoss, bi_tempered=BiTemperedLogisticLoss, mixup=MixUpCrossEntropyLoss,
     soft_f1=SoftMacroF1Loss, soft_f1_cross_entropy=MacroF1CrossEntropyLoss)
@@ -372,7 +381,7 @@ def loss_parameters(
     if name not in LOSSES: raise ValueError(f"loss: {name!r}, expected one of {sorted(LOSSES)}")
     return {k: p.default for k,p in inspect.signature(LOSSES[name]).parameters.items() if k in _ranges}
 
-# %% ../nbs/04_losses.ipynb #41cd7cf0
+# %% ../nbs/04_losses.ipynb #750275a1
 def make_loss(
     name:str, # key in `LOSSES`
     n_classes:int, # number of classes C

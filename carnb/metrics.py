@@ -7,12 +7,12 @@ __all__ = ['METRICS', 'check_probs', 'log_softmax', 'softmax', 'log_losses', 'lo
            'confusion_matrix', 'f1_per_class', 'macro_f1', 'h_mean', 'reliability', 'expected_calibration_error',
            'Interval', 'bootstrap_interval', 'paired_bootstrap', 'bootstrap_metric', 'Metric', 'get_metric']
 
-# %% ../nbs/04a_metrics.ipynb #93640733
+# %% ../nbs/04a_metrics.ipynb #449ecc1f
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
 import numpy as np
 
-# %% ../nbs/04a_metrics.ipynb #cd6660a4
+# %% ../nbs/04a_metrics.ipynb #631aab42
 def _check_targets(targets, n=None, n_classes=None):
     "`targets` as an int64 array of shape (n,), or a ValueError"
     t = np.asarray(targets)
@@ -25,7 +25,7 @@ def _check_targets(targets, n=None, n_classes=None):
         raise ValueError(f"targets: class index {bad}, expected 0 to {n_classes-1 if n_classes else 'C - 1'}")
     return t.astype(np.int64)
 
-# %% ../nbs/04a_metrics.ipynb #b459a560
+# %% ../nbs/04a_metrics.ipynb #588d13bc
 def check_probs(
     probs, # (n, C) probabilities, a row per photo
     renormalise:bool=False, # divide each row by its sum, as Kaggle does, instead of refusing it
@@ -50,7 +50,7 @@ def check_probs(
                          f"(pass logits through softmax, or renormalise=True)")
     return p
 
-# %% ../nbs/04a_metrics.ipynb #746a80a8
+# %% ../nbs/04a_metrics.ipynb #25da8579
 def log_softmax(
     logits, # array with the classes along `axis`
     axis:int=-1 # class axis
@@ -71,7 +71,7 @@ def softmax(
     "Softmax without overflow"
     return np.exp(log_softmax(logits, axis))
 
-# %% ../nbs/04a_metrics.ipynb #25e3527f
+# %% ../nbs/04a_metrics.ipynb #cf41ec13
 def log_losses(
     probs, # (n, C) probabilities
     targets, # (n,) class indices
@@ -93,7 +93,7 @@ def log_loss(
     "Mean multi-class log loss"
     return float(log_losses(probs, targets, eps, renormalise).mean())
 
-# %% ../nbs/04a_metrics.ipynb #41ceeaf9
+# %% ../nbs/04a_metrics.ipynb #b61e8f3d
 def _labels(preds, targets):
     "(predicted labels (n,), targets (n,), number of columns or None)"
     p = np.asarray(preds)
@@ -110,7 +110,7 @@ def accuracy(
     p,t,_ = _labels(preds, targets)
     return float((p == t).mean())
 
-# %% ../nbs/04a_metrics.ipynb #37218209
+# %% ../nbs/04a_metrics.ipynb #0c5a0a93
 def topk_accuracy(
     preds, # (n, C) scores
     targets, # (n,) class indices
@@ -124,7 +124,7 @@ def topk_accuracy(
     best = np.argsort(-p, axis=1, kind='stable')[:,:k]
     return float((best == t[:,None]).any(1).mean())
 
-# %% ../nbs/04a_metrics.ipynb #739a552b
+# %% ../nbs/04a_metrics.ipynb #6b6ada1b
 def confusion_matrix(
     preds, # (n, C) scores or (n,) labels
     targets, # (n,) class indices
@@ -137,7 +137,7 @@ def confusion_matrix(
     if c < max(need, cols or 0): raise ValueError(f"n_classes: {n_classes}, expected at least {max(need, cols or 0)}")
     return np.bincount(t*c + p, minlength=c*c).reshape(c, c)
 
-# %% ../nbs/04a_metrics.ipynb #feaf08af
+# %% ../nbs/04a_metrics.ipynb #d2908852
 def f1_per_class(
     preds, # (n, C) scores or (n,) labels
     targets, # (n,) class indices
@@ -155,7 +155,7 @@ def macro_f1(
     "Mean F1 over the classes that occur in targets or predictions"
     return float(np.nanmean(f1_per_class(preds, targets)))
 
-# %% ../nbs/04a_metrics.ipynb #16066a5c
+# %% ../nbs/04a_metrics.ipynb #b528b97a
 def h_mean(
     precision:float, # share of predicted boxes that are right (fraction or percent)
     recall:float # share of true boxes that were found (same unit)
@@ -165,7 +165,7 @@ def h_mean(
         if not (np.isfinite(v) and v >= 0): raise ValueError(f"{k}: {v}, expected a finite number >= 0")
     return 0. if precision + recall == 0 else float(2*precision*recall/(precision+recall))
 
-# %% ../nbs/04a_metrics.ipynb #2ce11c0a
+# %% ../nbs/04a_metrics.ipynb #f12e2314
 def reliability(
     probs, # (n, C) probabilities
     targets, # (n,) class indices
@@ -191,7 +191,7 @@ def expected_calibration_error(
     r = reliability(probs, targets, n_bins)
     return float(np.nansum(r['n'] * np.abs(r['accuracy'] - r['confidence'])) / r['n'].sum())
 
-# %% ../nbs/04a_metrics.ipynb #d7214af8
+# %% ../nbs/04a_metrics.ipynb #0f084290
 class Interval(NamedTuple):
     "A mean and its interval"
     mean: float # of the sample itself
@@ -203,6 +203,7 @@ def _units(n, groups):
     if groups is None: return np.arange(n), n
     g = np.asarray(groups)
     if g.shape != (n,): raise ValueError(f"groups: shape {g.shape}, expected ({n},), one entry per photo")
+    if any(v is None or v != v for v in g.tolist()): raise ValueError("groups: missing entries, expected a group for each photo")
     u, idx = np.unique(g.astype(str) if g.dtype == object else g, return_inverse=True)
     return idx.reshape(-1), len(u)
 
@@ -210,7 +211,7 @@ def _check_bootstrap(n, level):
     if n < 1: raise ValueError(f"n: {n}, expected at least 1 resample")
     if not 0 < level < 1: raise ValueError(f"level: {level}, expected between 0 and 1, for example 0.95")
 
-# %% ../nbs/04a_metrics.ipynb #8624402d
+# %% ../nbs/04a_metrics.ipynb #0f8df73b
 def bootstrap_interval(
     values, # (n,) one number per photo, for example `log_losses`
     groups=None, # (n,) photos with equal entries are drawn together
@@ -234,7 +235,7 @@ def bootstrap_interval(
     low, high = np.quantile(np.concatenate(means), [(1-level)/2, (1+level)/2])
     return Interval(float(v.mean()), float(low), float(high))
 
-# %% ../nbs/04a_metrics.ipynb #f97466c8
+# %% ../nbs/04a_metrics.ipynb #f6f59e11
 def paired_bootstrap(
     losses_a, # (n,) losses of model a, one per photo
     losses_b, # (n,) losses of model b on the same photos in the same order
@@ -248,7 +249,7 @@ def paired_bootstrap(
     if a.shape != b.shape: raise ValueError(f"losses_b: shape {b.shape}, expected {a.shape} as losses_a")
     return bootstrap_interval(a - b, groups, n, seed, level)
 
-# %% ../nbs/04a_metrics.ipynb #16ecca08
+# %% ../nbs/04a_metrics.ipynb #ee9d2cda
 def bootstrap_metric(
     fn:Callable, # metric (probs, targets) -> float
     probs, # (n, C) predictions of the model
@@ -273,7 +274,7 @@ def bootstrap_metric(
     low, high = np.quantile(scores, [(1-level)/2, (1+level)/2])
     return Interval(float(score(np.arange(len(t)))), float(low), float(high))
 
-# %% ../nbs/04a_metrics.ipynb #ddf07deb
+# %% ../nbs/04a_metrics.ipynb #95d48501
 @dataclass(frozen=True)
 class Metric:
     "A score by name, with its direction"
