@@ -9,13 +9,13 @@ __all__ = ['IN_TEST', 'NOT_IN_HASH', 'CarnbError', 'ConfigError', 'DataError', '
            'hash8', 'safe_name', 'Run', 'find_runs', 'environment', 'record_notebook', 'seed_everything', 'item_rng',
            'pick_device', 'use_korean_font']
 
-# %% ../nbs/00_core.ipynb #902ac16c
+# %% ../nbs/00_core.ipynb #68d9e665
 import ast, contextlib, difflib, functools, hashlib, importlib.metadata, importlib.util, io, json, os, platform, random, subprocess, sys, time, types, typing
 from pathlib import Path
 import numpy as np, yaml
 from fastcore.basics import AttrDict
 
-# %% ../nbs/00_core.ipynb #1e3a910e
+# %% ../nbs/00_core.ipynb #22be86ff
 class CarnbError(Exception):
     "A problem the user can solve: the message says what is wrong and what to do"
     def _render_traceback_(self): return [f'{type(self).__name__}: {self}']
@@ -23,7 +23,7 @@ class CarnbError(Exception):
 class ConfigError(CarnbError): "Settings that are unknown, impossible or contradictory"
 class DataError(CarnbError): "Photos, labels or templates that cannot be used as they are"
 
-# %% ../nbs/00_core.ipynb #cfa4d5a4
+# %% ../nbs/00_core.ipynb #d49b1787
 def raise_problems(
     title:str, # what was being done, the first line of the message
     problems:list[str], # one line each; nothing is raised when empty
@@ -43,7 +43,7 @@ def did_you_mean(
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(close)}?)" if close else ''
 
-# %% ../nbs/00_core.ipynb #d226a6c0
+# %% ../nbs/00_core.ipynb #e4541ff1
 IN_TEST = bool(os.environ.get('IN_TEST')) # set by nbdev_test
 
 def project_root(
@@ -64,7 +64,9 @@ def resolve_path(
     p = Path(path).expanduser()
     return p if p.is_absolute() or p.exists() else project_root()/p
 
-# %% ../nbs/00_core.ipynb #97c3a42f
+# %% ../nbs/00_core.ipynb #31cd85d2
+_UMASK = os.umask(0); os.umask(_UMASK)
+
 @contextlib.contextmanager
 def atomic_path(
     path, # final place of the file
@@ -76,6 +78,7 @@ def atomic_path(
     try:
         yield tmp
         with open(tmp, 'rb+') as f: os.fsync(f.fileno())
+        os.chmod(tmp, 0o666 & ~_UMASK) # some libraries write files that only their owner can read
         os.replace(tmp, path)
     finally:
         with contextlib.suppress(FileNotFoundError): tmp.unlink()
@@ -107,7 +110,7 @@ def load_npz(path)->AttrDict:
     "Arrays of `path` by name"
     with np.load(path, allow_pickle=False) as z: return AttrDict({k: z[k] for k in z.files})
 
-# %% ../nbs/00_core.ipynb #051307c1
+# %% ../nbs/00_core.ipynb #68bd5039
 def _options(t): return typing.get_args(t) or (t,)
 
 def _try(t, v):
@@ -144,7 +147,7 @@ def coerce(
     names = ' or '.join('None' if t is type(None) else t.__name__ for t in _options(annotation))
     raise ValueError(f'{value!r} is not {names}')
 
-# %% ../nbs/00_core.ipynb #1bc6910b
+# %% ../nbs/00_core.ipynb #c3313308
 def _injected(ns):
     "Names in the cell that papermill put after the parameters"
     cells = [c for c in ns.get('In', []) if c.startswith('# Parameters\n')]
@@ -171,7 +174,7 @@ def stage_config(
     raise_problems('these parameters cannot be used', problems, ConfigError)
     return cfg
 
-# %% ../nbs/00_core.ipynb #92697fbb
+# %% ../nbs/00_core.ipynb #94fc1992
 def notebooks_dir()->Path:
     "Where the stage notebooks lie: `nbs/` beside the package, or inside an installed one"
     here = Path(__file__).resolve().parent
@@ -205,7 +208,7 @@ def stage_params(
         res[s.target.id] = AttrDict(type=ast.unparse(s.annotation).replace(' ', ''), default=ast.literal_eval(s.value), doc=doc)
     return res
 
-# %% ../nbs/00_core.ipynb #d39394c9
+# %% ../nbs/00_core.ipynb #d1a6a049
 NOT_IN_HASH = {'experiment', 'data_dir', 'fold', 'device', 'num_workers', 'tracking', 'folds_file', 'keep_checkpoints', 'cache_dir', 'memory_budget', 'resume', 'checkpoint_minutes'}
 
 def hash8(
@@ -221,7 +224,7 @@ def safe_name(
     "`name` with everything that a file system minds replaced"
     return ''.join(c if c.isalnum() or c in '._-' else '_' for c in name).strip('.')
 
-# %% ../nbs/00_core.ipynb #31aa1b10
+# %% ../nbs/00_core.ipynb #b22d8429
 class Run:
     "One run's folder; `metrics.json`, written last, is the done marker"
     def __init__(self,
@@ -259,7 +262,7 @@ def find_runs(
     root = runs_dir()/safe_name(experiment)
     return [r for p in sorted(root.glob('*/fold*')) if (r := Run(p)) and (r.done or not done)]
 
-# %% ../nbs/00_core.ipynb #3b8877c3
+# %% ../nbs/00_core.ipynb #80e0c3d7
 @functools.cache
 def environment()->dict:
     "Versions, platform and git state"
@@ -273,7 +276,7 @@ def environment()->dict:
     return dict(python=platform.python_version(), platform=platform.platform(), **{p: version(p) for p in libs},
                 git=git('rev-parse', '--short', 'HEAD'), dirty=bool(git('status', '--porcelain', '-uno')))
 
-# %% ../nbs/00_core.ipynb #f07c1528
+# %% ../nbs/00_core.ipynb #badddb3a
 class _Recorder:
     "Collects the outputs of each executed cell and writes them into a copy of the stage's notebook"
     kinds = {'stream', 'display_data', 'execute_result', 'error'}
@@ -333,7 +336,7 @@ def record_notebook(
         _recorder.run = run if isinstance(run, Run) else Run(run)
         _recorder.target = _recorder.run/f'{stage}.ipynb'
 
-# %% ../nbs/00_core.ipynb #207fdb22
+# %% ../nbs/00_core.ipynb #938b3a7f
 def seed_everything(
     seed:int, # 42 by default everywhere
     deterministic:bool=False, # on CUDA: same bits each time, at some speed
@@ -364,7 +367,7 @@ def pick_device(
     if not have.get(kind): raise ConfigError(f'device: {device!r} is not here; there is {", ".join(k for k,v in have.items() if v)} (or auto)')
     return torch.device(device)
 
-# %% ../nbs/00_core.ipynb #914839d7
+# %% ../nbs/00_core.ipynb #ff8d9078
 def use_korean_font():
     "Let matplotlib draw Hangul, with the NanumGothic that `koreanize-matplotlib` ships"
     import matplotlib as mpl

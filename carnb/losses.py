@@ -8,13 +8,13 @@ __all__ = ['LOSSES', 'ClassificationLoss', 'smooth_targets', 'CrossEntropyLoss',
            'mix_targets', 'MixUpCrossEntropyLoss', 'SoftMacroF1Loss', 'MacroF1CrossEntropyLoss', 'loss_parameters',
            'make_loss']
 
-# %% ../nbs/04_losses.ipynb #1e8451a4
+# %% ../nbs/04_losses.ipynb #fe0dbd93
 import inspect, math
 import numpy as np
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 
-# %% ../nbs/04_losses.ipynb #681adbe7
+# %% ../nbs/04_losses.ipynb #29087b4a
 _ranges = dict(
     label_smoothing=('0 <= label_smoothing < 1', lambda x: 0 <= x < 1),
     gamma=('gamma >= 0', lambda x: x >= 0),
@@ -35,7 +35,7 @@ def _problems(**settings):
 def _check(**settings):
     if bad := _problems(**settings): raise ValueError('; '.join(bad))
 
-# %% ../nbs/04_losses.ipynb #4eb81562
+# %% ../nbs/04_losses.ipynb #180f2135
 def _class_weight(weight, n_classes=None):
     "`weight` as a float64 tensor (C,), or a ValueError"
     w = torch.as_tensor(np.asarray(weight.detach().cpu() if isinstance(weight, Tensor) else weight, dtype=np.float64))
@@ -44,7 +44,7 @@ def _class_weight(weight, n_classes=None):
     if n_classes and len(w) != n_classes: raise ValueError(f"weight: {len(w)} numbers, expected {n_classes}, one per class")
     return w
 
-# %% ../nbs/04_losses.ipynb #54bb6b43
+# %% ../nbs/04_losses.ipynb #74f1e3b7
 class ClassificationLoss(nn.Module):
     "Base of all losses: checks, soft targets, weights, reduction, and what fastai asks for"
     soft_targets_ok = True # soft targets (n, C) have a meaning for this loss
@@ -72,7 +72,8 @@ class ClassificationLoss(nn.Module):
 
     def weight_like(self, q):
         "`weight` with the type and the device of `q`, moved once"
-        if type(q) is not Tensor: return self.weight.to(q)
+        if self.weight is None: return None
+        if type(q) is not Tensor: return q.new_tensor(self.weight.tolist())              # fake tensors of the memory study
         if self._cast is None or self._cast.dtype != q.dtype or self._cast.device != q.device: self._cast = self.weight.to(q)
         return self._cast
     def __getstate__(self): return {**super().__getstate__(), '_cast': None}
@@ -91,7 +92,7 @@ def _plain(x):
     if not isinstance(x, Tensor): raise ValueError(f"{type(x).__name__}, expected a torch tensor")
     return x.as_subclass(Tensor)
 
-# %% ../nbs/04_losses.ipynb #47a2a7f1
+# %% ../nbs/04_losses.ipynb #8a8c5995
 def _check_values(t, n_classes):
     "Raise for labels out of range, or soft targets that are no distribution"
     if t.ndim == 1:
@@ -107,7 +108,7 @@ def _bad_rows(t, n_classes):
     if t.ndim == 1: return (t < 0) | (t >= n_classes)
     return ~((t >= 0).all(1) & ((t.sum(1) - 1).abs() <= 1e-2))
 
-# %% ../nbs/04_losses.ipynb #3b9ec377
+# %% ../nbs/04_losses.ipynb #1525fab7
 def _prepare(self, logits, targets):
     logits,t = _plain(logits),_plain(targets)
     if logits.ndim != 2 or not logits.is_floating_point() or len(logits) == 0:
@@ -141,7 +142,7 @@ def _reduce(self, losses, q, bad):
 
 ClassificationLoss._prepare,ClassificationLoss._photo_weight,ClassificationLoss._reduce = _prepare,_photo_weight,_reduce
 
-# %% ../nbs/04_losses.ipynb #72a2dca1
+# %% ../nbs/04_losses.ipynb #8c28d5de
 def smooth_targets(
     q:Tensor, # (n, C) soft targets
     label_smoothing:float # share of the mass that is spread over all classes
@@ -167,7 +168,7 @@ class CrossEntropyLoss(ClassificationLoss):
         if self.weight is not None: q = q * self.weight_like(q)
         return -_expectation(q, F.log_softmax(logits, dim=1))
 
-# %% ../nbs/04_losses.ipynb #eaea5d86
+# %% ../nbs/04_losses.ipynb #7ee30344
 class LabelSmoothingLoss(CrossEntropyLoss):
     "Cross-entropy with label smoothing on by default"
     def __init__(self,
@@ -177,7 +178,7 @@ class LabelSmoothingLoss(CrossEntropyLoss):
         n_classes:int=None # number of classes C
     ): super().__init__(label_smoothing, weight, reduction, n_classes)
 
-# %% ../nbs/04_losses.ipynb #67cb995e
+# %% ../nbs/04_losses.ipynb #15471b9b
 def class_weights(
     counts, # (C,) training photos per class, each >= 1
     beta:float=.999 # 0: equal weights, 1: inverse frequency
@@ -192,7 +193,7 @@ def class_weights(
     w = 1/e
     return torch.as_tensor(w/w.mean())
 
-# %% ../nbs/04_losses.ipynb #b50b785f
+# %% ../nbs/04_losses.ipynb #ca34f0f7
 def _focal(logits, q, gamma):
     "Focal loss of each photo (n,)"
     logp = F.log_softmax(logits, dim=1)
@@ -215,7 +216,7 @@ class FocalLoss(ClassificationLoss):
         self.gamma = gamma
     def losses(self, logits, q): return _focal(logits, q if self.weight is None else q*self.weight_like(q), self.gamma)
 
-# %% ../nbs/04_losses.ipynb #6c292999
+# %% ../nbs/04_losses.ipynb #8e7ea9cf
 class LabelSmoothingFocalLoss(FocalLoss):
     "Focal loss of smoothed targets"
     def __init__(self,
@@ -230,7 +231,7 @@ class LabelSmoothingFocalLoss(FocalLoss):
         self.label_smoothing = label_smoothing
     def losses(self, logits, q): return super().losses(logits, smooth_targets(q, self.label_smoothing))
 
-# %% ../nbs/04_losses.ipynb #90d11b7a
+# %% ../nbs/04_losses.ipynb #9f376a9e
 def _log_exp_t(x, t):
     "log of the tempered exponential of -x; -inf outside the support of t < 1"
     s = t - 1
@@ -239,7 +240,7 @@ def _log_exp_t(x, t):
 def tempered_log_softmax(
     logits:Tensor, # (..., C)
     t:float, # temperature t2: > 1 heavy tails, 1 the usual softmax, < 1 finite support
-    n_iter:int=12 # Newton steps; convergence is one-sided and quadratic
+    n_iter:int=8 # Newton steps; convergence is one-sided and quadratic
 ) -> Tensor: # (..., C) log-probabilities; no gradient flows through the normaliser
     "Logarithm of the tempered softmax"
     _check(t2=t)
@@ -261,7 +262,7 @@ def tempered_softmax(
     "Softmax with a tempered exponential"
     return tempered_log_softmax(logits, t).exp()
 
-# %% ../nbs/04_losses.ipynb #75161a11
+# %% ../nbs/04_losses.ipynb #11987cd6
 def _log_t_exp(logx, t):
     "Tempered logarithm of exp(logx)"
     return logx if t == 1 else torch.expm1((1-t)*logx)/(1-t)
@@ -282,7 +283,7 @@ class _BiTempered(torch.autograd.Function):
         escort = F.softmax(ctx.t2*logp, dim=1)
         return grad[:,None] * (g - escort*g.sum(1, keepdim=True)), None, None, None
 
-# %% ../nbs/04_losses.ipynb #47c94e30
+# %% ../nbs/04_losses.ipynb #dd5247c5
 class BiTemperedLogisticLoss(ClassificationLoss):
     "Logistic loss that wrong labels cannot dominate"
     def __init__(self,
@@ -304,7 +305,7 @@ class BiTemperedLogisticLoss(ClassificationLoss):
     def activation(self, x): return tempered_softmax(_plain(x).float(), self.t2)
     def log_probs(self, x): return tempered_log_softmax(_plain(x).float(), self.t2)
 
-# %% ../nbs/04_losses.ipynb #1ee105e0
+# %% ../nbs/04_losses.ipynb #1ceb3686
 def mix_targets(
     targets_a:Tensor, # (n,) class indices of the first photos
     targets_b:Tensor, # (n,) class indices of the second photos
@@ -329,7 +330,7 @@ def mix_targets(
     bad = _bad_rows(a, n_classes) | _bad_rows(b, n_classes) | (~((lam >= 0) & (lam <= 1)))[:,0]
     return torch.where(bad[:,None], torch.full_like(q, torch.nan), q)
 
-# %% ../nbs/04_losses.ipynb #5e2598ca
+# %% ../nbs/04_losses.ipynb #b7b550e6
 class MixUpCrossEntropyLoss(CrossEntropyLoss):
     "Cross-entropy for blended photos: `(logits, soft_targets)` or `(logits, targets_a, targets_b, lam)`"
     def forward(self, logits, targets, targets_b=None, lam=None):
@@ -337,22 +338,22 @@ class MixUpCrossEntropyLoss(CrossEntropyLoss):
         if lam is not None: targets = mix_targets(targets, targets_b, lam, _plain(logits).shape[-1])
         return super().forward(logits, targets)
 
-# %% ../nbs/04_losses.ipynb #86d75670
+# %% ../nbs/04_losses.ipynb #668a2158
 def _soft_f1(logits, q, weight=None):
     "Per-photo split of 1 - mean soft F1 of the classes that occur in q: (n,)"
     p = F.softmax(logits, dim=1)
     mass = q.sum(0)
     present = (mass > 0).to(p)
-    w = present if weight is None else present*weight.to(p)
+    w = present if weight is None else present*weight
     share = w/w.sum() / torch.where(mass > 0, p.sum(0) + mass, torch.ones_like(mass))      # (C,)
     return 1 - 2*len(q)*(p*q*share).sum(1)
 
 class SoftMacroF1Loss(ClassificationLoss):
     "1 - mean per-class F1, computed on probabilities"
-    def losses(self, logits, q): return _soft_f1(logits, q, self.weight)
+    def losses(self, logits, q): return _soft_f1(logits, q, self.weight_like(q))
     def _photo_weight(self, q): return q.new_ones(len(q))          # weights act between classes, not between photos
 
-# %% ../nbs/04_losses.ipynb #8d596544
+# %% ../nbs/04_losses.ipynb #5cf78488
 class MacroF1CrossEntropyLoss(CrossEntropyLoss):
     "Cross-entropy plus soft macro-F1"
     def __init__(self,
@@ -367,9 +368,9 @@ class MacroF1CrossEntropyLoss(CrossEntropyLoss):
         self.f1_weight = f1_weight
     def losses(self, logits, q):
         w = self._photo_weight(q)
-        return super().losses(logits, q) + self.f1_weight*_soft_f1(logits, q, self.weight)*w.sum()/len(q)
+        return super().losses(logits, q) + self.f1_weight*_soft_f1(logits, q, self.weight_like(q))*w.sum()/len(q)
 
-# %% ../nbs/04_losses.ipynb #297496ba
+# %% ../nbs/04_losses.ipynb #67320a70
 LOSSES = dict(cross_entropy=CrossEntropyLoss, label_smoothing=LabelSmoothingLoss, focal=FocalLoss,
     label_smoothing_focal=LabelSmoothingFocalLoss, bi_tempered=BiTemperedLogisticLoss, mixup=MixUpCrossEntropyLoss,
     soft_f1=SoftMacroF1Loss, soft_f1_cross_entropy=MacroF1CrossEntropyLoss)
@@ -381,7 +382,7 @@ def loss_parameters(
     if name not in LOSSES: raise ValueError(f"loss: {name!r}, expected one of {sorted(LOSSES)}")
     return {k: p.default for k,p in inspect.signature(LOSSES[name]).parameters.items() if k in _ranges}
 
-# %% ../nbs/04_losses.ipynb #750275a1
+# %% ../nbs/04_losses.ipynb #034c8a52
 def make_loss(
     name:str, # key in `LOSSES`
     n_classes:int, # number of classes C

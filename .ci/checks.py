@@ -1,0 +1,287 @@
+"""What `make check`, `make test` and `make test-all` look at. Every check has a name, none stops the others."""
+import ast, hashlib, json, os, re, shutil, signal, subprocess, tempfile, time, warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT/'nbs'
+TOP = set('README.md Makefile settings.ini setup.py constraints.txt nbs carnb runs .github .ci LICENSE CONTRIBUTING.md CHANGELOG.md .gitignore'.split())
+WITH_PARAMETERS = re.compile(r'(08|1[0-6]|20|21)_') # stages, the memory study and the two studies of results
+SLOW, MAX_MB, TIMEOUT, WORKERS = ('slow', 'gpu', 'notest'), 1.5, 900, 2
+
+
+# Saying what happened
+
+class Skip(Exception): pass
+class Failed(Exception): pass
+
+class Report:
+    def __init__(self): self.passed, self.failed, self.skipped = [], [], []
+    def add(self, name, seconds, problem=None, skip=None):
+        took = f'{seconds:5.0f} s' if seconds >= .5 else '       '
+        if skip: self.skipped.append(name)
+        else: (self.failed if problem else self.passed).append(name)
+        print(f'{"skip" if skip else "FAIL" if problem else "ok  "} {took}  {name}' + (f': {skip}' if skip else ''), flush=True)
+        for line in (problem or '').rstrip().splitlines(): print('              | ' + line, flush=True)
+    def check(self, name, f, *args):
+        t, problem, skip = time.time(), None, None
+        try: f(*args)
+        except Skip as e: skip = str(e)
+        except Failed as e: problem = str(e)
+        except Exception as e: problem = f'{type(e).__name__}: {e}'
+        self.add(name, time.time()-t, problem, skip)
+    def close(self, seconds):
+        print(f'\n{seconds/60:.1f} minutes' + (f'; failed: {", ".join(self.failed)}' if self.failed else ''))
+        print(f'{len(self.passed)} passed, {len(self.failed)} failed' + (f', {len(self.skipped)} skipped' if self.skipped else ''), flush=True)
+        return int(bool(self.failed))
+
+def fail_on(problems, n=12):
+    "Fail with the first `n` of a list of problems"
+    problems = list(problems)
+    if problems: raise Failed('\n'.join(problems[:n] + ([f'... and {len(problems)-n} more'] if len(problems) > n else [])))
+
+def tail(text, n=14, width=300):
+    "The last lines of a program's output, without colours, redrawn progress bars and the fences of a traceback"
+    text = re.sub(r'\x1b\[[0-9;]*[A-Za-z]', '', text)
+    lines = [l.split('\r')[-1].rstrip()[:width] for l in text.replace('\r\n', '\n').splitlines()]
+    lines = [l for l in lines if l and not set(l) <= set('-=')]
+    return '\n'.join(lines[-n:])
+
+def command(args, env, cwd=ROOT, timeout=TIMEOUT, stdout=None):
+    "Exit status and output of a program; it and its children end with the time limit"
+    group = {} if os.name == 'nt' else dict(start_new_session=True)
+    p = subprocess.Popen([str(a) for a in args], cwd=str(cwd), env=env, stdin=subprocess.DEVNULL, stdout=stdout or subprocess.PIPE,
+                         stderr=subprocess.PIPE if stdout else subprocess.STDOUT, text=True, encoding='utf8', errors='replace', **group)
+    try:
+        out, err = p.communicate(timeout=timeout)
+        return p.returncode, (out or '') + (err or '')
+    except BaseException as e:
+        if os.name == 'nt': p.kill()
+        else: os.killpg(p.pid, signal.SIGKILL)
+        out, err = p.communicate()
+        if isinstance(e, subprocess.TimeoutExpired): return 124, (out or '') + (err or '') + f'\nstopped after {timeout} s'
+        raise
+
+
+# Notebooks as data
+
+def books(tests=True): return sorted(NBS.glob('[!_.]*.ipynb')) + (sorted((NBS/'tests').glob('[!_.]*.ipynb')) if tests else [])
+def short(path): return path.relative_to(ROOT).as_posix()
+def load(path): return json.loads(path.read_text(encoding='utf8'))
+def source(cell): return ''.join(cell['source'])
+def code_cells(path): return [(i, c) for i, c in enumerate(load(path)['cells']) if c['cell_type'] == 'code']
+def tags(cell): return cell['metadata'].get('tags', [])
+
+def directives(text):
+    "Names after `#|` in the first lines of a cell"
+    found = []
+    for line in text.splitlines():
+        if line.startswith('#|'): found.append(line[2:].strip())
+        elif line.strip(): break
+    return found
+
+def number(name):
+    "01a_demo -> (1, 'a'); None for a notebook without a number"
+    m = re.match(r'(\d+)([a-z]?)_', name)
+    return m and (int(m[1]), m[2])
+
+def python_only(text):
+    "A cell's text without the lines that only IPython understands"
+    return '\n'.join('pass' if l.lstrip()[:1] in '%!?' and l.strip() else l for l in text.splitlines())
+
+
+# The checks that run no notebook
+
+def files_and_hashes(folder): return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+                                      for p in sorted(folder.rglob('*')) if p.is_file() and '__pycache__' not in p.parts}
+
+def copy_project(d):
+    "Sources in a temporary place, so that a check never changes the working tree"
+    for name in ('settings.ini', 'setup.py', 'pyproject.toml'):
+        if (ROOT/name).exists(): shutil.copy(ROOT/name, d)
+    for p in books():
+        to = Path(d)/p.relative_to(ROOT)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(p, to)
+    return Path(d)
+
+def export_leaves_no_diff(bin, environ):
+    "carnb/ is what the notebooks say, no more and no less"
+    with tempfile.TemporaryDirectory() as d:
+        d = copy_project(d)
+        shutil.copytree(ROOT/'carnb', d/'carnb', ignore=shutil.ignore_patterns('__pycache__'))
+        before = files_and_hashes(d/'carnb')
+        for p in (d/'carnb').rglob('*.py'):
+            if p.name == '_modidx.py' or 'AUTOGENERATED! DO NOT EDIT!' in p.read_text(encoding='utf8'): p.unlink()
+        rc, out = command([bin/'nbdev_export'], environ(), cwd=d)
+        if rc: raise Failed(tail(out))
+        after = files_and_hashes(d/'carnb')
+        fail_on([f'carnb/{p} ' + ('is not exported by any notebook' if p not in after else 'is missing' if p not in before else 'differs from its notebook')
+                 + ': run nbdev_export' for p in sorted(before.keys() | after.keys()) if before.get(p) != after.get(p)])
+
+def notebooks_are_clean(bin, environ):
+    with tempfile.TemporaryDirectory() as d:
+        d = copy_project(d)
+        before = files_and_hashes(d/'nbs')
+        rc, out = command([bin/'nbdev_clean', '--fname', 'nbs'], environ(), cwd=d)
+        if rc: raise Failed(tail(out))
+        after = files_and_hashes(d/'nbs')
+        fail_on(f'nbs/{p} holds metadata or execution counts: run nbdev_clean' for p in before if after[p] != before[p])
+
+def no_error_outputs():
+    fail_on(f'{short(p)} cell {i}: {o.get("ename")}: {str(o.get("evalue"))[:120]}'
+            for p in books() for i, c in code_cells(p) for o in c['outputs'] if o['output_type'] == 'error')
+
+def notebooks_are_executed():
+    "A notebook that prints or plots has outputs"
+    for_outputs = re.compile(r'\b(?:print|display|plt\.|show_batch|\.plot|imshow)')
+    fail_on(f'{short(p)} holds no outputs: run make notebooks NB={p.stem}' for p in books(tests=False)
+            if any(for_outputs.search(source(c)) and not directives(source(c)) for _, c in code_cells(p)) and not any(c['outputs'] for _, c in code_cells(p)))
+
+def imports_of(tree):
+    "Modules of carnb that a syntax tree imports, with their line"
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Import):
+            for a in n.names:
+                if a.name.startswith('carnb.'): yield a.name.split('.')[1], n.lineno
+        elif isinstance(n, ast.ImportFrom):
+            if n.level == 1 or n.module == 'carnb':
+                for m in [n.module.split('.')[0]] if n.level and n.module else [a.name for a in n.names]: yield m, n.lineno
+            elif not n.level and (n.module or '').startswith('carnb.'): yield n.module.split('.')[1], n.lineno
+
+def imports_point_down():
+    "A notebook imports only from lower-numbered ones (and, in its examples, from its own module)"
+    order = {p.stem.split('_', 1)[1]: number(p.stem) for p in books(tests=False) if number(p.stem)}
+    def parsed(p):
+        for i, c in code_cells(p):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter('ignore')
+                    yield f'{short(p)} cell {i}', ast.parse(python_only(source(c)))
+            except SyntaxError:
+                if not source(c).startswith('%%'): raise Failed(f'{short(p)} cell {i} is not Python')
+    todo = [(p.stem.split('_', 1)[1], where, tree, True) for p in books(tests=False) if number(p.stem) for where, tree in parsed(p)]
+    todo += [(p.stem, f'carnb/{p.name}', ast.parse(p.read_text(encoding='utf8')), False) for p in sorted((ROOT/'carnb').glob('[!_]*.py'))]
+    problems = []
+    for me, where, tree, own in todo:
+        if me not in order: continue
+        for m, line in imports_of(tree):
+            if m in order and (order[m] > order[me] or m == me and not own):
+                problems.append(f'{where}, line {line}: {me} imports {m}, which comes ' + ('later' if m != me else 'from itself'))
+    fail_on(problems)
+
+def tracked():
+    "Files that are or would be committed"
+    try:
+        out = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=str(ROOT), capture_output=True, check=True).stdout.decode('utf8')
+        return sorted(p for p in (ROOT/n for n in set(out.split('\0')) if n) if p.is_file())
+    except (OSError, subprocess.CalledProcessError): raise Skip('not a git repository')
+
+def texts(path):
+    "(where, text) of a file; in a notebook, of every cell's source and text outputs"
+    if path.suffix == '.ipynb':
+        for i, c in enumerate(load(path)['cells']):
+            yield f'{short(path)} cell {i}', source(c)
+            for o in c.get('outputs', []):
+                shown = [o.get('text', ''), *o.get('traceback', [])] + [v for k, v in o.get('data', {}).items() if not k.startswith('image/') or 'svg' in k]
+                for v in shown: yield f'{short(path)} cell {i}, output', ''.join(v) if isinstance(v, list) else str(v)
+    else:
+        try: yield short(path), path.read_text(encoding='utf8')
+        except UnicodeDecodeError: pass
+
+def search(pattern, but=()):
+    for p in tracked():
+        if p.name in but: continue
+        for where, text in texts(p):
+            for m in re.finditer(pattern, text): yield f'{where}: {text[max(0, m.start()-20):m.end()+30]!r}'
+
+def no_machine_paths():
+    here = [re.escape(str(p)) for p in (ROOT, Path.home()) if len(p.parts) > 2]
+    pattern = '|'.join([r'(?<![\w.~:/*\]})-])/(?:home|root|work|Users)/\w', r'(?<!\w)[A-Z]:\\\\?(?:Users|home|work)\b', *here])
+    fail_on(search(pattern))
+
+def no_index_hosts():
+    hosts = r'\b(?:test\.)?pypi\.(?:org|io)\b|pythonhosted\.(?:org|com)|download\.pytorch|anaconda\.(?:org|com)|npmjs\.(?:org|com)'
+    fail_on(search(hosts + r'|--(?:extra-)?index-url[ =]\S|(?i:\bindex[-_]url\s*=\s*\S)', but={'LICENSE'}))
+
+def no_large_files():
+    fail_on(f'{short(p)} has {p.stat().st_size/1e6:.2f} MB, allowed are {MAX_MB}' for p in tracked() if p.stat().st_size > MAX_MB*1e6)
+
+def top_level():
+    found = {p.relative_to(ROOT).parts[0] for p in tracked()}
+    why = {'pyproject.toml': ' (nbdev_export writes it unless settings.ini says update_pyproject = False)'}
+    fail_on([f'{n} does not belong on the top level' + why.get(n, '') for n in sorted(found - TOP)]
+            + [f'{n} is missing' for n in sorted(TOP - found)])
+
+def parameters_cells():
+    "Without the tag, papermill ignores -p in silence; and papermill runs every cell, so no stage may export the package"
+    problems = []
+    for p in books(tests=False):
+        n = sum('parameters' in tags(c) for _, c in code_cells(p))
+        if n > 1 or not n and WITH_PARAMETERS.match(p.name): problems.append(f'{short(p)} has {n} cells tagged parameters, expected 1')
+        problems += [f'{short(p)} cell {i} calls nbdev_export, which would rewrite carnb/ in every run' for i, c in code_cells(p) if n and 'nbdev_export(' in source(c)]
+    fail_on(problems)
+
+def readme_in_sync():
+    import readme
+    if not readme.SOURCE.exists(): raise Skip(f'{short(readme.SOURCE)} is not there')
+    if not readme.TARGET.exists() or readme.TARGET.read_text(encoding='utf8') != readme.convert(): raise Failed('README.md is not what nbs/index.ipynb says: run make readme')
+
+def static_checks(report, bin, environ):
+    report.check('nbdev_export leaves no diff', export_leaves_no_diff, bin, environ)
+    report.check('notebooks are clean', notebooks_are_clean, bin, environ)
+    report.check('no output is an error', no_error_outputs)
+    report.check('notebooks are executed', notebooks_are_executed)
+    report.check('notebooks import downwards only', imports_point_down)
+    report.check('stage notebooks have one parameters cell and export nothing', parameters_cells)
+    report.check('no path of a machine', no_machine_paths)
+    report.check('no address of a package index', no_index_hosts)
+    report.check(f'no file above {MAX_MB} MB', no_large_files)
+    report.check('top level', top_level)
+    report.check('README.md is nbs/index.ipynb', readme_in_sync)
+
+
+# The checks that run notebooks
+
+def run_books(report, bin, env, slow):
+    "nbdev_test of each notebook in a process of its own, two at a time"
+    def one(p):
+        t = time.time()
+        args = [bin/'nbdev_test', '--path', p, '--n_workers', '0'] + (['--flags', slow] if slow else [])
+        rc, out = command(args, env, timeout=TIMEOUT*(4 if slow else 1))
+        return p, time.time()-t, None if rc == 0 else tail(out, 20)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for p, seconds, problem in pool.map(one, books()): report.add(short(p), seconds, problem)
+    left = {}
+    for p in books():
+        for _, c in code_cells(p):
+            for d in directives(source(c)):
+                flag = d.split()[0] if d else ''
+                if flag in SLOW and flag not in slow.split(): left.setdefault((short(p), flag), []).append(c)
+    for (name, flag), cells in left.items(): report.add(f'{name}, cells marked {flag}', 0, skip=f'{len(cells)} not run' + ('' if flag == 'notest' else ' (make test-all)' if not slow else ''))
+    if not (ROOT.parent/'shared'/'data').is_dir(): report.add('real photos', 0, skip='no photos in ../shared/data; the drawn competition stood in for them')
+
+def run_process_tests(report, bin, env, slow):
+    "The functions `test_*` of process_tests.py, each in a process of its own"
+    path = Path(__file__).with_name('process_tests.py')
+    found = [n for n in ast.parse(path.read_text(encoding='utf8')).body if isinstance(n, ast.FunctionDef) and n.name.startswith('test_')]
+    for f in found:
+        if f.name.endswith('_long') and not slow:
+            report.add(ast.get_docstring(f), 0, skip='long (make test-all)')
+            continue
+        t = time.time()
+        rc, out = command([bin/'python', path, f.name], env)
+        report.add(ast.get_docstring(f), time.time()-t, problem=None if rc in (0, 77) else tail(out, 20), skip=tail(out, 1) if rc == 77 else None)
+
+def has_gpu(bin, env): return command([bin/'python', '-c', 'import sys, torch; sys.exit(not torch.cuda.is_available())'], env)[0] == 0
+
+def main(task, bin, environ):
+    t, report = time.time(), Report()
+    static_checks(report, bin, environ)
+    if task != 'check':
+        with tempfile.TemporaryDirectory(prefix='carnb-test-') as d:
+            env = environ(CARNB_RUNS=str(Path(d)/'runs'), OMP_NUM_THREADS='1', MPLBACKEND='agg', TQDM_DISABLE='1')
+            slow = '' if task == 'test' else 'slow gpu' if has_gpu(bin, env) else 'slow'
+            run_books(report, bin, env, slow)
+            run_process_tests(report, bin, {**env, 'OMP_NUM_THREADS': str(os.cpu_count() or 1)}, slow)
+    return report.close(time.time()-t)
