@@ -47,20 +47,28 @@ def tail(text, n=14, width=300):
     lines = [l for l in lines if l and not set(l) <= set('-=')]
     return '\n'.join(lines[-n:])
 
+RUNNING = set()
+
+def kill(p):
+    "End a program and what it started"
+    try: p.kill() if os.name == 'nt' else os.killpg(p.pid, signal.SIGKILL)
+    except ProcessLookupError: pass
+
 def command(args, env, cwd=ROOT, timeout=TIMEOUT, stdout=None):
     "Exit status and output of a program; it and its children end with the time limit"
     group = {} if os.name == 'nt' else dict(start_new_session=True)
     p = subprocess.Popen([str(a) for a in args], cwd=str(cwd), env=env, stdin=subprocess.DEVNULL, stdout=stdout or subprocess.PIPE,
                          stderr=subprocess.PIPE if stdout else subprocess.STDOUT, text=True, encoding='utf8', errors='replace', **group)
+    RUNNING.add(p)
     try:
         out, err = p.communicate(timeout=timeout)
         return p.returncode, (out or '') + (err or '')
     except BaseException as e:
-        if os.name == 'nt': p.kill()
-        else: os.killpg(p.pid, signal.SIGKILL)
+        kill(p)
         out, err = p.communicate()
         if isinstance(e, subprocess.TimeoutExpired): return 124, (out or '') + (err or '') + f'\nstopped after {timeout} s'
         raise
+    finally: RUNNING.discard(p)
 
 
 # Notebooks as data
@@ -251,7 +259,12 @@ def run_books(report, bin, env, slow):
         rc, out = command(args, env, timeout=TIMEOUT*(4 if slow else 1))
         return p, time.time()-t, None if rc == 0 else tail(out, 20)
     with ThreadPoolExecutor(WORKERS) as pool:
-        for p, seconds, problem in pool.map(one, books()): report.add(short(p), seconds, problem)
+        try:
+            for p, seconds, problem in pool.map(one, books()): report.add(short(p), seconds, problem)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for p in list(RUNNING): kill(p)
+            raise
     left = {}
     for p in books():
         for _, c in code_cells(p):
@@ -277,6 +290,9 @@ def has_gpu(bin, env): return command([bin/'python', '-c', 'import sys, torch; s
 
 def main(task, bin, environ):
     t, report = time.time(), Report()
+    def stop(*_): raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     static_checks(report, bin, environ)
     if task != 'check':
         with tempfile.TemporaryDirectory(prefix='carnb-test-') as d:

@@ -24,7 +24,7 @@ cfg = ini['DEFAULT']
 CSS = """
 body { --pst-font-family-base: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Noto Sans KR", "Noto Sans CJK KR", "Apple SD Gothic Neo", "Malgun Gothic", NanumGothic, sans-serif; word-break: keep-all; overflow-wrap: anywhere }
 pre, code, kbd { word-break: normal; overflow-wrap: normal }
-code.literal { overflow-wrap: anywhere }
+code.literal, code.literal .pre { white-space: normal; overflow-wrap: anywhere }
 /* wide things scroll in their own box, so that a phone never scrolls the page sideways */
 .bd-article table { display: block; width: fit-content; max-width: 100%; overflow-x: auto; font-size: .9em }
 .bd-article td, .bd-article th { overflow-wrap: normal }
@@ -260,10 +260,12 @@ def main():
     n = prepare_all()
     print(f'{n} pages prepared in {time.time()-t:.0f} s', flush=True)
     from sphinx.application import Sphinx
-    shutil.rmtree(SITE, ignore_errors=True)
-    said = io.StringIO()
-    app = Sphinx(BUILD, None, SITE, BUILD.parent/'doctrees', 'html', confoverrides=conf(), status=None, warning=said, freshenv=True)
+    html, said = BUILD.parent/'html', io.StringIO() # MyST-NB writes beside it
+    shutil.rmtree(html, ignore_errors=True)
+    app = Sphinx(BUILD, None, html, BUILD.parent/'doctrees', 'html', confoverrides=conf(), status=None, warning=said, freshenv=True)
     app.build()
+    shutil.rmtree(SITE, ignore_errors=True)
+    shutil.move(html, SITE)
     found = [re.sub(r'\x1b\[[0-9;]*m', '', l).replace(str(BUILD), 'nbs') for l in said.getvalue().splitlines() if l.strip()]
     found = [l for l in dict.fromkeys(found) if re.search('WARNING|ERROR', l)]
     for l in found: print('  ' + l)

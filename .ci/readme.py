@@ -43,14 +43,15 @@ def convert():
             code = '\n'.join(l for l in lines if not l.startswith('#|')).strip()
             if code and not marks & {'echo:false', 'hide_input'}: parts.append(f'```python\n{code}\n```')
             if not marks & {'output:false', 'hide_output'}: parts += [relocate(s) for s in map(shown, cell['outputs']) if s]
-    return HEAD + '\n' + '\n\n'.join(p for p in parts if p) + '\n'
+    return HEAD + '\n' + '\n\n'.join(p.strip('\n') for p in parts if p) + '\n'
 
 def main(args):
     if not SOURCE.exists():
         print('nbs/index.ipynb is not there: README.md is made from it', file=sys.stderr)
         return 1
     text = convert()
-    missing = sorted({m for m in re.findall(r'\]\((?!\w+:|#)([^)#\s]+)', text) if not (ROOT/m).exists()})
+    prose = re.sub(r'^```.*?^```|`[^`\n]+`', '', text, flags=re.M | re.S)
+    missing = sorted({m for m in re.findall(r'\]\((?!\w+:|#)([^)#\s]+)', prose) if not (ROOT/m).exists()})
     TARGET.write_text(text, encoding='utf8')
     print(f'README.md has {len(text.splitlines())} lines')
     if missing: print('links without a file: ' + ', '.join(missing), file=sys.stderr)

@@ -100,8 +100,9 @@ def make_venv(python):
 def install(uv, torch):
     "The package, editable, with everything pinned; pip when uv cannot (it reads pip's own configuration)"
     what = ['-e', '.[dev]', '-c', 'constraints.txt']
-    env = dict(os.environ, VIRTUAL_ENV=str(VENV))
+    env = dict(os.environ, VIRTUAL_ENV=str(VENV)) # uv does not read what pip is told
     if 'PIP_INDEX_URL' in env and not {'UV_DEFAULT_INDEX', 'UV_INDEX_URL'} & set(env): env['UV_DEFAULT_INDEX'] = env['PIP_INDEX_URL']
+    if 'PIP_CERT' in env: env.setdefault('SSL_CERT_FILE', env['PIP_CERT'])
     if uv:
         base = [uv, 'pip', 'install', '--python', PYTHON, '--reinstall-package', 'carnb', *what]
         if torch == 'cpu':

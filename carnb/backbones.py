@@ -6,7 +6,8 @@
 __all__ = ['PRESETS', 'Preset', 'list_presets', 'is_transformer', 'find_preset', 'create_model', 'size_multiple', 'size_problem',
            'model_stats', 'split_params', 'group_wds', 'group_lrs', 'make_opt_func', 'make_learner']
 
-# %% ../nbs/06_backbones.ipynb #db2980f6
+# %% ../nbs/06_backbones.ipynb #f6780405
+from .core import * # before torch: see OMP_WAIT_POLICY there
 import contextlib, warnings
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,10 +19,9 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import AttrDict
 from fastcore.foundation import L
 from timm.optim import create_optimizer_v2, list_optimizers
-from .core import *
 from .pooling import *
 
-# %% ../nbs/06_backbones.ipynb #e4d91a20
+# %% ../nbs/06_backbones.ipynb #5ded9755
 @dataclass(frozen=True)
 class Preset:
     "What a model starts from; every value can be overridden"
@@ -57,7 +57,7 @@ def list_presets()->pd.DataFrame: # a row per preset
     "The presets as a table"
     return pd.DataFrame([dict(preset=k, **asdict(p)) for k,p in PRESETS.items()]).set_index('preset')
 
-# %% ../nbs/06_backbones.ipynb #6a879d52
+# %% ../nbs/06_backbones.ipynb #2c071440
 def is_transformer(arch): return any(s in arch for s in ('vit', 'deit', 'swin', 'beit', 'eva', 'cait', 'xcit', 'mixer', 'maxvit', 'coat'))
 
 def find_preset(
@@ -70,9 +70,9 @@ def find_preset(
     cfg = timm.get_pretrained_cfg(arch) if not ':' in arch else None
     size = cfg.input_size[-1] if cfg and cfg.input_size else 224
     big = is_transformer(arch) or 'convnext' in arch
-    return Preset(arch, size, 32, 'adamw', 1e-4 if big else 2e-3, 0.05, why='timm\'s size; AdamW, at the rate that suits small convolutional networks (20_ablation) or transformers')
+    return Preset(arch, size, 16, 'adamw', 1e-4 if big else 1e-3, 0.01, why='timm\'s size; AdamW, at the rate that suits small convolutional networks (20_ablation) or transformers')
 
-# %% ../nbs/06_backbones.ipynb #8e91c570
+# %% ../nbs/06_backbones.ipynb #f4456354
 def _weights_file(path):
     f = resolve_path(path)
     if not f.is_file(): raise ConfigError(f'pretrained: {path} is not there; expected true, false or a .pth / .safetensors file')
@@ -122,7 +122,7 @@ def _explain(e, arch, pretrained, size):
     if isinstance(e, AssertionError) or 'size' in text: return ConfigError(f'img_size: {arch} cannot take {size} ({text})')
     return ConfigError(f'arch: {arch} could not be built ({text})')
 
-# %% ../nbs/06_backbones.ipynb #c032f929
+# %% ../nbs/06_backbones.ipynb #b7875388
 def size_multiple(
     arch:str, # timm name
 )->int: # pixels
@@ -142,7 +142,7 @@ def size_problem(
     near = tuple(max(32, round(s/k)*k) for s in size)
     return f'img_size: {arch} takes multiples of {k} px from 32 up, not {size[0]},{size[1]}; nearest: {near[0]},{near[1]}'
 
-# %% ../nbs/06_backbones.ipynb #36341d60
+# %% ../nbs/06_backbones.ipynb #90da0e3f
 def model_stats(
     arch:str, # timm name
 )->tuple: # (mean, std) per channel
@@ -150,7 +150,7 @@ def model_stats(
     cfg = timm.get_pretrained_cfg(arch) if ':' not in arch else None
     return (tuple(cfg.mean), tuple(cfg.std)) if cfg else ((.485, .456, .406), (.229, .224, .225))
 
-# %% ../nbs/06_backbones.ipynb #9a05a0d1
+# %% ../nbs/06_backbones.ipynb #dd325410
 def split_params(
     model:nn.Module, # a timm model
 )->list: # [body without decay, body, head]
@@ -169,7 +169,7 @@ def _head(model):
 def group_wds(wd:float)->list: return [0., wd, wd]
 def group_lrs(lr:float, head_mult:float=1.)->list: return [lr, lr, lr*head_mult]
 
-# %% ../nbs/06_backbones.ipynb #fead3a0c
+# %% ../nbs/06_backbones.ipynb #9c1a494c
 def make_opt_func(
     name:str='adamw', # timm's name
     momentum:float=0.9, # of SGD-like ones

@@ -9,13 +9,14 @@ __all__ = ['IN_TEST', 'NOT_IN_HASH', 'CarnbError', 'ConfigError', 'DataError', '
            'hash8', 'safe_name', 'Run', 'find_runs', 'environment', 'record_notebook', 'seed_everything', 'item_rng',
            'pick_device', 'use_korean_font']
 
-# %% ../nbs/00_core.ipynb #68d9e665
+# %% ../nbs/00_core.ipynb #feada5aa
 import ast, contextlib, difflib, functools, hashlib, importlib.metadata, importlib.util, io, json, os, platform, random, subprocess, sys, time, types, typing
 from pathlib import Path
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # before torch is loaded; see 'Randomness and device'
 import numpy as np, yaml
 from fastcore.basics import AttrDict
 
-# %% ../nbs/00_core.ipynb #22be86ff
+# %% ../nbs/00_core.ipynb #89205918
 class CarnbError(Exception):
     "A problem the user can solve: the message says what is wrong and what to do"
     def _render_traceback_(self): return [f'{type(self).__name__}: {self}']
@@ -23,7 +24,7 @@ class CarnbError(Exception):
 class ConfigError(CarnbError): "Settings that are unknown, impossible or contradictory"
 class DataError(CarnbError): "Photos, labels or templates that cannot be used as they are"
 
-# %% ../nbs/00_core.ipynb #d49b1787
+# %% ../nbs/00_core.ipynb #c4232aff
 def raise_problems(
     title:str, # what was being done, the first line of the message
     problems:list[str], # one line each; nothing is raised when empty
@@ -43,7 +44,7 @@ def did_you_mean(
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(close)}?)" if close else ''
 
-# %% ../nbs/00_core.ipynb #e4541ff1
+# %% ../nbs/00_core.ipynb #9cfbbc2c
 IN_TEST = bool(os.environ.get('IN_TEST')) # set by nbdev_test
 
 def project_root(
@@ -64,7 +65,7 @@ def resolve_path(
     p = Path(path).expanduser()
     return p if p.is_absolute() or p.exists() else project_root()/p
 
-# %% ../nbs/00_core.ipynb #31cd85d2
+# %% ../nbs/00_core.ipynb #3f0da6ab
 _UMASK = os.umask(0); os.umask(_UMASK)
 
 @contextlib.contextmanager
@@ -110,7 +111,7 @@ def load_npz(path)->AttrDict:
     "Arrays of `path` by name"
     with np.load(path, allow_pickle=False) as z: return AttrDict({k: z[k] for k in z.files})
 
-# %% ../nbs/00_core.ipynb #68bd5039
+# %% ../nbs/00_core.ipynb #2153dd9f
 def _options(t): return typing.get_args(t) or (t,)
 
 def _try(t, v):
@@ -147,7 +148,7 @@ def coerce(
     names = ' or '.join('None' if t is type(None) else t.__name__ for t in _options(annotation))
     raise ValueError(f'{value!r} is not {names}')
 
-# %% ../nbs/00_core.ipynb #c3313308
+# %% ../nbs/00_core.ipynb #d596c3b8
 def _injected(ns):
     "Names in the cell that papermill put after the parameters"
     cells = [c for c in ns.get('In', []) if c.startswith('# Parameters\n')]
@@ -174,7 +175,7 @@ def stage_config(
     raise_problems('these parameters cannot be used', problems, ConfigError)
     return cfg
 
-# %% ../nbs/00_core.ipynb #94fc1992
+# %% ../nbs/00_core.ipynb #196f0394
 def notebooks_dir()->Path:
     "Where the stage notebooks lie: `nbs/` beside the package, or inside an installed one"
     here = Path(__file__).resolve().parent
@@ -208,7 +209,7 @@ def stage_params(
         res[s.target.id] = AttrDict(type=ast.unparse(s.annotation).replace(' ', ''), default=ast.literal_eval(s.value), doc=doc)
     return res
 
-# %% ../nbs/00_core.ipynb #d1a6a049
+# %% ../nbs/00_core.ipynb #b363db59
 NOT_IN_HASH = {'experiment', 'data_dir', 'fold', 'device', 'num_workers', 'tracking', 'folds_file', 'keep_checkpoints', 'cache_dir', 'memory_budget', 'resume', 'checkpoint_minutes'}
 
 def hash8(
@@ -224,7 +225,7 @@ def safe_name(
     "`name` with everything that a file system minds replaced"
     return ''.join(c if c.isalnum() or c in '._-' else '_' for c in name).strip('.')
 
-# %% ../nbs/00_core.ipynb #b22d8429
+# %% ../nbs/00_core.ipynb #afc98f0e
 class Run:
     "One run's folder; `metrics.json`, written last, is the done marker"
     def __init__(self,
@@ -262,7 +263,7 @@ def find_runs(
     root = runs_dir()/safe_name(experiment)
     return [r for p in sorted(root.glob('*/fold*')) if (r := Run(p)) and (r.done or not done)]
 
-# %% ../nbs/00_core.ipynb #80e0c3d7
+# %% ../nbs/00_core.ipynb #e155e1bc
 @functools.cache
 def environment()->dict:
     "Versions, platform and git state"
@@ -276,11 +277,11 @@ def environment()->dict:
     return dict(python=platform.python_version(), platform=platform.platform(), **{p: version(p) for p in libs},
                 git=git('rev-parse', '--short', 'HEAD'), dirty=bool(git('status', '--porcelain', '-uno')))
 
-# %% ../nbs/00_core.ipynb #badddb3a
+# %% ../nbs/00_core.ipynb #3ed33b35
 class _Recorder:
     "Collects the outputs of each executed cell and writes them into a copy of the stage's notebook"
     kinds = {'stream', 'display_data', 'execute_result', 'error'}
-    def __init__(self, ip, stage): self.ip,self.stage,self.cells,self.outputs,self.target,self.run = ip,stage,[],[],None,None
+    def __init__(self, ip, stage): self.ip,self.stage,self.cells,self.outputs,self.target,self.run,self.html = ip,stage,[],[],None,None,False
     def install(self):
         session, send = self.ip.kernel.session, self.ip.kernel.session.send
         def listen(stream, msg, content=None, *args, **kwargs): # `msg` is a type or a whole message
@@ -288,6 +289,7 @@ class _Recorder:
             if kind in self.kinds and body: self.add(kind, body)
             return send(stream, msg, content, *args, **kwargs)
         session.send = listen
+        self.cells = [(c, []) for c in self.ip.user_ns.get('In', [])[1:-1]] # what ran before anybody listened
         self.ip.events.register('post_run_cell', self.cell_done)
     def add(self, kind, content):
         if kind == 'stream':
@@ -317,12 +319,17 @@ class _Recorder:
                 source = source[at+1:]
         for i,c in enumerate(cells): c['id'] = f'cell{i}'
         write_json(self.target, {**nb, 'cells': cells + [c for c in source if c['cell_type'] != 'code']})
+        if self.html and not any(c['cell_type'] == 'code' for c in source): self.write_html()
+    def write_html(self):
+        from nbconvert import HTMLExporter
+        write_text(self.target.with_suffix('.html'), HTMLExporter(exclude_input=True).from_filename(str(self.target))[0])
 
 _recorder = None
 
 def record_notebook(
     stage:str, # name of the stage whose notebook is running
     run=None, # a `Run` (or folder) that keeps `<stage>.ipynb`; None only starts to listen
+    html:bool=False, # after the last cell also write a page without the code
 ):
     "Keep the executed notebook in the folder of the run, from inside its kernel; does nothing outside of one"
     global _recorder
@@ -334,9 +341,9 @@ def record_notebook(
         _recorder.install()
     if run is not None:
         _recorder.run = run if isinstance(run, Run) else Run(run)
-        _recorder.target = _recorder.run/f'{stage}.ipynb'
+        _recorder.target,_recorder.html = _recorder.run/f'{stage}.ipynb',html
 
-# %% ../nbs/00_core.ipynb #938b3a7f
+# %% ../nbs/00_core.ipynb #5a80c3e9
 def seed_everything(
     seed:int, # 42 by default everywhere
     deterministic:bool=False, # on CUDA: same bits each time, at some speed
@@ -367,7 +374,7 @@ def pick_device(
     if not have.get(kind): raise ConfigError(f'device: {device!r} is not here; there is {", ".join(k for k,v in have.items() if v)} (or auto)')
     return torch.device(device)
 
-# %% ../nbs/00_core.ipynb #ff8d9078
+# %% ../nbs/00_core.ipynb #a7acd3ea
 def use_korean_font():
     "Let matplotlib draw Hangul, with the NanumGothic that `koreanize-matplotlib` ships"
     import matplotlib as mpl

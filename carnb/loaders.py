@@ -6,7 +6,8 @@
 __all__ = ['FITS', 'IMAGENET_STATS', 'canvas', 'median_aspect', 'compose', 'valid_transform', 'train_transform', 'augment',
            'PhotoDataset', 'PhotoDL', 'PhotoLoaders', 'loader_settings', 'make_dls']
 
-# %% ../nbs/03_loaders.ipynb #cfd2ea8c
+# %% ../nbs/03_loaders.ipynb #0c48dbf3
+from .core import * # before torch: see OMP_WAIT_POLICY there
 import contextlib, hashlib, os, random, warnings
 from pathlib import Path
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1') # no network at import
@@ -15,10 +16,9 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Category, IntToFloatTensor, Normalize
 from fastai.torch_core import TensorCategory, TensorImage, to_device
 from fastcore.basics import AttrDict
-from .core import *
 from .data import *
 
-# %% ../nbs/03_loaders.ipynb #a85eb11a
+# %% ../nbs/03_loaders.ipynb #ce3b4a89
 def canvas(
     img_size, # 160 (area of 160 x 160) or 'h,w' (taken as it is)
     aspect:float=1., # width / height of the canvas when `img_size` is one number
@@ -41,7 +41,7 @@ def median_aspect(
     turned = ok.findings.str.contains('rotated')
     return float(np.exp(np.median(np.log(ok.width/ok.height)*np.where(turned, -1, 1))))
 
-# %% ../nbs/03_loaders.ipynb #2ad81d5b
+# %% ../nbs/03_loaders.ipynb #824a3cd6
 FITS = ('stretch', 'pad', 'crop')
 
 def compose(
@@ -125,7 +125,7 @@ def augment(
     tfm.set_random_state(rng, random.Random(int(rng.integers(2**63))))
     return tfm(image=image)['image']
 
-# %% ../nbs/03_loaders.ipynb #74df77a3
+# %% ../nbs/03_loaders.ipynb #37911482
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 class PhotoDataset(torch.utils.data.Dataset):
@@ -173,7 +173,7 @@ class PhotoDataset(torch.utils.data.Dataset):
         return new
     def new_empty(self): return self.with_items(self.items[:0], self.split_idx)
 
-# %% ../nbs/03_loaders.ipynb #0ff80d1c
+# %% ../nbs/03_loaders.ipynb #08470545
 class _Fetch(torch.utils.data.Dataset):
     "What a worker holds: asked for ((split, epoch), i), answers with one item"
     def __init__(self, ds): self.ds = ds
@@ -246,7 +246,7 @@ class PhotoLoaders(DataLoaders):
         elif not with_labels: test_items = test_items[['id', 'path']]
         return self.valid.new(self.valid_ds.with_items(test_items), shuffle=False, drop_last=False, **{k: v for k,v in kwargs.items() if k not in ('rm_type_tfms',)})
 
-# %% ../nbs/03_loaders.ipynb #157e2f48
+# %% ../nbs/03_loaders.ipynb #8a2da25a
 def loader_settings(
     device, # torch device
     num_workers:int|None=None, # None: by device

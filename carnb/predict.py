@@ -6,12 +6,12 @@
 __all__ = ['VIEWS', 'make_views', 'tta', 'inference_batch', 'predict_items', 'predicted', 'predict_run', 'experiment_data',
            'pick_views', 'predict_experiment', 'tiny_predictions', 'view_scores']
 
-# %% ../nbs/12_predict.ipynb #6a2ec058
+# %% ../nbs/12_predict.ipynb #9d632a74
+from .core import * # before torch: see OMP_WAIT_POLICY there
 import numpy as np, pandas as pd, torch
 from fastcore.basics import AttrDict
 from filelock import FileLock
 from tqdm import tqdm
-from .core import *
 from .data import *
 from .loaders import *
 from .losses import loss_parameters, make_loss
@@ -20,7 +20,7 @@ from .backbones import *
 from .tasks import *
 from .train import *
 
-# %% ../nbs/12_predict.ipynb #15443bcc
+# %% ../nbs/12_predict.ipynb #876ca300
 VIEWS = dict(
     identity=lambda x: x,
     hflip=lambda x: x.flip(-1),
@@ -42,7 +42,7 @@ def make_views(
         res.append(y)
     return res
 
-# %% ../nbs/12_predict.ipynb #582a28ed
+# %% ../nbs/12_predict.ipynb #3092a074
 @torch.inference_mode()
 def tta(
     model, # an nn.Module, or a fastai Learner
@@ -70,7 +70,7 @@ def tta(
     finally: model.train(was)
     return torch.cat(out, 1).numpy()
 
-# %% ../nbs/12_predict.ipynb #d622a429
+# %% ../nbs/12_predict.ipynb #7d6a421c
 def inference_batch(
     size, # (h, w)
 )->int:
@@ -128,7 +128,7 @@ def predict_run(
         save_npz(run/f, **arrays)
     return True
 
-# %% ../nbs/12_predict.ipynb #b1189da1
+# %% ../nbs/12_predict.ipynb #8425e51d
 def experiment_data(
     experiment:str, # name below `runs/`
     task:str|None=None, # None: as the runs say
@@ -174,7 +174,7 @@ def tiny_predictions()->str: # name of the experiment
     with FileLock(runs_dir()/name/'.predict.lock'): predict_experiment(name, device='cpu', num_workers=0)
     return name
 
-# %% ../nbs/12_predict.ipynb #63112ef7
+# %% ../nbs/12_predict.ipynb #3b007447
 def view_scores(
     runs:list[Run], # with `oof_tta.npz`
     metric:str='log_loss', # scored metric

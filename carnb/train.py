@@ -7,7 +7,8 @@ __all__ = ['SCHEDULES', 'PRECISIONS', 'check_train', 'resolve', 'schedule_factor
            'Progress', 'peak_memory', 'History', 'save_weights', 'pick_precision', 'build_learner', 'fit_run',
            'prepare', 'start_run', 'train_run', 'load_model', 'tiny_experiment', 'plot_history']
 
-# %% ../nbs/10_train.ipynb #b2735787
+# %% ../nbs/10_train.ipynb #ae52404a
+from .core import * # before torch: see OMP_WAIT_POLICY there
 import contextlib, json, math, resource, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -20,7 +21,6 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
-from .core import *
 from .data import *
 from .loaders import *
 from .losses import LOSSES, loss_parameters, make_loss
@@ -29,7 +29,7 @@ from .backbones import *
 from .pooling import POOLINGS, pooling_p
 from .tasks import *
 
-# %% ../nbs/10_train.ipynb #3249839a
+# %% ../nbs/10_train.ipynb #36543e88
 SCHEDULES = ('cosine', 'one_cycle', 'flat_cosine', 'warm_restarts', 'step', 'constant')
 PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
 
@@ -76,7 +76,7 @@ def resolve(
     recipe = dict(pooling='native', precision='auto', warmup=.1, schedule='cosine', ema=0., grad_clip=0., head_lr_mult=1., label_smoothing=.1, epochs=10) | task.training
     small = preset.arch == cfg.arch and cfg.data_dir is None # no preset of the plan, drawn photos: nothing to download
     fill = dict(img_size=preset.img_size, batch_size=preset.batch_size, lr=preset.lr, optimizer=preset.optimizer, weight_decay=preset.weight_decay, drop_path=preset.drop_path,
-                loss=task.loss, fit=task.fit, aspect=task.aspect, pretrained=not small, **recipe)
+                loss=task.loss, fit=task.fit, aspect=task.aspect, pretrained=not small, **recipe) | (DEMO_RECIPE if small else {})
     for k,v in fill.items():
         if cfg.get(k) is None: cfg[k] = v
     cfg.timm_arch, cfg.weight = preset.arch, preset.weight
@@ -88,7 +88,7 @@ def resolve(
     raise_problems('these parameters cannot be used', [p for p in [size_problem(preset.arch, cfg.size)] if p], ConfigError)
     return cfg
 
-# %% ../nbs/10_train.ipynb #8b51ae92
+# %% ../nbs/10_train.ipynb #d8f773c7
 def schedule_factor(
     name:str, # a name in SCHEDULES
     step:int, # 0 to total - 1
@@ -114,7 +114,7 @@ def schedule_factor(
         return cos(at/length)
     return 1.
 
-# %% ../nbs/10_train.ipynb #c2929c06
+# %% ../nbs/10_train.ipynb #733ce5a3
 class LRSchedule(Callback):
     "Sets the learning rate before each step"
     order = 10
@@ -163,7 +163,7 @@ class Progress(Callback):
         if self.training: self.bar.update()
     def after_fit(self): self.bar.close()
 
-# %% ../nbs/10_train.ipynb #c30ffb55
+# %% ../nbs/10_train.ipynb #45acffba
 def peak_memory(device)->float: # GB
     "Largest memory in use so far: of the device on CUDA, of the process elsewhere"
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/1e9
@@ -205,7 +205,7 @@ class History(Callback):
         if self.best is None or self.scored.better(score, self.best['score']):
             self.best = dict(epoch=row['epoch'], score=score)
             self.keep(logits, targets)
-        print(('{epoch:>5} {train_loss:>10.4f} {val_loss:>9.4f} {score:>9.4f} {val_acc:>8.1%} {epoch_time:>7.1f}s {images_s:>8.0f}' + ('  best' if self.best['epoch'] == row['epoch'] else '')).format(score=score, **row), flush=True)
+        tqdm.write(('{epoch:>5} {train_loss:>10.4f} {val_loss:>9.4f} {score:>9.4f} {val_acc:>8.1%} {epoch_time:>7.1f}s {images_s:>8.0f}' + ('  best' if self.best['epoch'] == row['epoch'] else '')).format(score=score, **row))
     def before_fit(self): print(f'epoch train_loss  val_loss {self.scored.name:>9}  val_acc     time images/s', flush=True)
     def keep(self, logits, targets):
         "Weights (averaged ones when EMA is on) and out-of-fold logits of this epoch"
@@ -223,7 +223,7 @@ def save_weights(
     state = {k: v.detach().cpu().contiguous().clone() for k,v in model.state_dict().items()}
     with atomic_path(path) as tmp: save_file(state, tmp, {k: str(v) for k,v in about.items()})
 
-# %% ../nbs/10_train.ipynb #6611b691
+# %% ../nbs/10_train.ipynb #c7e61c0e
 def pick_precision(
     precision:str, # auto, fp32, bf16 or fp16
     device, # torch device
@@ -276,7 +276,7 @@ def fit_run(
     write_json(run/'metrics.json', metrics)
     return metrics
 
-# %% ../nbs/10_train.ipynb #c4e7bd23
+# %% ../nbs/10_train.ipynb #2412d135
 def prepare(
     cfg, # checked parameters
     progress:bool=True, # show bars
@@ -322,7 +322,7 @@ def load_model(
     model.load_state_dict(load_file(run/'weights.safetensors'))
     return model.to(device, memory_format=torch.channels_last).eval(), cfg
 
-# %% ../nbs/10_train.ipynb #f312d2bd
+# %% ../nbs/10_train.ipynb #a760999a
 def tiny_experiment()->str: # name of the experiment
     "A finished experiment small enough for tests, below `runs/`"
     name = 'tiny'
@@ -333,7 +333,7 @@ def tiny_experiment()->str: # name of the experiment
                 for fold in (0, 1): train_run(experiment=name, arch=arch, fold=fold, img_size=48, batch_size=16, epochs=1, max_steps=6, pretrained=False, num_workers=0, device='cpu')
     return name
 
-# %% ../nbs/10_train.ipynb #611ba859
+# %% ../nbs/10_train.ipynb #dfa97562
 def plot_history(
     history:pd.DataFrame, # from `history.csv`
     metric:str, # scored metric
