@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['OURS', 'DEMO', 'parse_args', 'stage_help', 'main_help', 'run_stage', 'new', 'demo', 'main']
 
-# %% ../nbs/17_cli.ipynb #894ceee4
+# %% ../nbs/17_cli.ipynb #639d6afa
 import os, sys, time
 from pathlib import Path
 import yaml
 from .core import *
 
-# %% ../nbs/17_cli.ipynb #64b171a0
+# %% ../nbs/17_cli.ipynb #d6bb1d33
 def parse_args(
     stage:str, # `train`, `predict`, ...
     args:list[str], # what follows on the command line
@@ -40,7 +40,7 @@ def parse_args(
     raise_problems(f'carnb {stage}: these words cannot be used (carnb {stage} --help lists the parameters)', problems, ConfigError)
     return res
 
-# %% ../nbs/17_cli.ipynb #c378cca9
+# %% ../nbs/17_cli.ipynb #8f121f77
 def stage_help(
     stage:str, # `train`, `predict`, ...
 )->str:
@@ -57,7 +57,7 @@ def main_help()->str:
                       *(f'  {s:<10} {promise(s)}' for s in list_stages()), '', '  demo       the whole road on a small competition that is drawn', '  new NAME   a folder for a competition of your own', '',
                       'carnb STAGE --help lists the parameters of a stage.'])
 
-# %% ../nbs/17_cli.ipynb #e948ed12
+# %% ../nbs/17_cli.ipynb #e80cb0de
 OURS = {c.__name__ for c in (CarnbError, ConfigError, DataError)}
 
 def run_stage(
@@ -81,7 +81,7 @@ def run_stage(
             return 1
     return 0
 
-# %% ../nbs/17_cli.ipynb #c79cf989
+# %% ../nbs/17_cli.ipynb #289d22d7
 def new(
     name:str, # folder to make
 )->int: # exit code
@@ -94,7 +94,7 @@ def new(
     print(f'{d}/ is ready. Put the photos into {d}/data/train/<class>/, then:\n  cd {d}\n  carnb train -f train.yaml')
     return 0
 
-DEMO = dict(archs=['resnet10t', 'mambaout_femto'], folds=[0, 1], settings=dict(img_size=96, batch_size=16, epochs=8, lr=2e-3, pretrained=False))
+DEMO = dict(archs=['resnet10t', 'levit_128s'], folds=[0, 1])
 
 def demo()->int: # exit code
     "The whole road on the drawn competition: train 2 models x 2 folds, predict, ensemble, submit, report"
@@ -109,7 +109,7 @@ def demo()->int: # exit code
     for f in ('leaderboard.csv', 'ensemble/submission.csv', 'report.html'): print(f'  {(root/f).relative_to(project_root())}')
     return 0
 
-# %% ../nbs/17_cli.ipynb #d38a3094
+# %% ../nbs/17_cli.ipynb #9395ea5a
 def main(
     args:list[str]|None=None, # words after `carnb`; those of the command line when None
 )->int: # exit code: 0 well, 1 the stage failed, 2 the words were wrong

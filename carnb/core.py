@@ -9,14 +9,15 @@ __all__ = ['IN_TEST', 'NOT_IN_HASH', 'CarnbError', 'ConfigError', 'DataError', '
            'hash8', 'safe_name', 'Run', 'find_runs', 'environment', 'record_notebook', 'seed_everything', 'item_rng',
            'pick_device', 'use_korean_font']
 
-# %% ../nbs/00_core.ipynb #feada5aa
-import ast, contextlib, difflib, functools, hashlib, importlib.metadata, importlib.util, io, json, os, platform, random, subprocess, sys, time, types, typing
+# %% ../nbs/00_core.ipynb #1526162d
+import ast, contextlib, difflib, functools, hashlib, importlib.metadata, importlib.util, json, os, platform, random, subprocess, sys, typing, warnings
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # before torch is loaded; see 'Randomness and device'
+warnings.filterwarnings('ignore', message='IProgress not found') # tqdm, where ipywidgets are not installed
 import numpy as np, yaml
 from fastcore.basics import AttrDict
 
-# %% ../nbs/00_core.ipynb #89205918
+# %% ../nbs/00_core.ipynb #bcb6953f
 class CarnbError(Exception):
     "A problem the user can solve: the message says what is wrong and what to do"
     def _render_traceback_(self): return [f'{type(self).__name__}: {self}']
@@ -24,7 +25,7 @@ class CarnbError(Exception):
 class ConfigError(CarnbError): "Settings that are unknown, impossible or contradictory"
 class DataError(CarnbError): "Photos, labels or templates that cannot be used as they are"
 
-# %% ../nbs/00_core.ipynb #c4232aff
+# %% ../nbs/00_core.ipynb #dc396024
 def raise_problems(
     title:str, # what was being done, the first line of the message
     problems:list[str], # one line each; nothing is raised when empty
@@ -41,10 +42,10 @@ def did_you_mean(
     known, # what could have been meant
 )->str: # ' (did you mean x?)' or an empty string
     "A hint for a misspelt `name`"
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=0.6)
+    close = difflib.get_close_matches(str(name), list(dict.fromkeys(map(str, known))), n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(close)}?)" if close else ''
 
-# %% ../nbs/00_core.ipynb #9cfbbc2c
+# %% ../nbs/00_core.ipynb #ac74c09d
 IN_TEST = bool(os.environ.get('IN_TEST')) # set by nbdev_test
 
 def project_root(
@@ -65,7 +66,7 @@ def resolve_path(
     p = Path(path).expanduser()
     return p if p.is_absolute() or p.exists() else project_root()/p
 
-# %% ../nbs/00_core.ipynb #3f0da6ab
+# %% ../nbs/00_core.ipynb #387b7472
 _UMASK = os.umask(0); os.umask(_UMASK)
 
 @contextlib.contextmanager
@@ -111,7 +112,7 @@ def load_npz(path)->AttrDict:
     "Arrays of `path` by name"
     with np.load(path, allow_pickle=False) as z: return AttrDict({k: z[k] for k in z.files})
 
-# %% ../nbs/00_core.ipynb #2153dd9f
+# %% ../nbs/00_core.ipynb #1655158f
 def _options(t): return typing.get_args(t) or (t,)
 
 def _try(t, v):
@@ -145,10 +146,10 @@ def coerce(
     for t in order:
         ok, v = _try(t, value)
         if ok: return v
-    names = ' or '.join('None' if t is type(None) else t.__name__ for t in _options(annotation))
-    raise ValueError(f'{value!r} is not {names}')
+    words = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', list: 'a list', dict: 'a mapping', type(None): 'None'}
+    raise ValueError(f'{value!r} is not {" or ".join(words[t] for t in _options(annotation))}')
 
-# %% ../nbs/00_core.ipynb #d596c3b8
+# %% ../nbs/00_core.ipynb #16da27d8
 def _injected(ns):
     "Names in the cell that papermill put after the parameters"
     cells = [c for c in ns.get('In', []) if c.startswith('# Parameters\n')]
@@ -175,7 +176,7 @@ def stage_config(
     raise_problems('these parameters cannot be used', problems, ConfigError)
     return cfg
 
-# %% ../nbs/00_core.ipynb #196f0394
+# %% ../nbs/00_core.ipynb #beb22442
 def notebooks_dir()->Path:
     "Where the stage notebooks lie: `nbs/` beside the package, or inside an installed one"
     here = Path(__file__).resolve().parent
@@ -209,7 +210,7 @@ def stage_params(
         res[s.target.id] = AttrDict(type=ast.unparse(s.annotation).replace(' ', ''), default=ast.literal_eval(s.value), doc=doc)
     return res
 
-# %% ../nbs/00_core.ipynb #b363db59
+# %% ../nbs/00_core.ipynb #b438fb30
 NOT_IN_HASH = {'experiment', 'data_dir', 'fold', 'device', 'num_workers', 'tracking', 'folds_file', 'keep_checkpoints', 'cache_dir', 'memory_budget', 'resume', 'checkpoint_minutes'}
 
 def hash8(
@@ -225,7 +226,7 @@ def safe_name(
     "`name` with everything that a file system minds replaced"
     return ''.join(c if c.isalnum() or c in '._-' else '_' for c in name).strip('.')
 
-# %% ../nbs/00_core.ipynb #afc98f0e
+# %% ../nbs/00_core.ipynb #a28c69d5
 class Run:
     "One run's folder; `metrics.json`, written last, is the done marker"
     def __init__(self,
@@ -263,7 +264,7 @@ def find_runs(
     root = runs_dir()/safe_name(experiment)
     return [r for p in sorted(root.glob('*/fold*')) if (r := Run(p)) and (r.done or not done)]
 
-# %% ../nbs/00_core.ipynb #e155e1bc
+# %% ../nbs/00_core.ipynb #c9a4059a
 @functools.cache
 def environment()->dict:
     "Versions, platform and git state"
@@ -277,7 +278,7 @@ def environment()->dict:
     return dict(python=platform.python_version(), platform=platform.platform(), **{p: version(p) for p in libs},
                 git=git('rev-parse', '--short', 'HEAD'), dirty=bool(git('status', '--porcelain', '-uno')))
 
-# %% ../nbs/00_core.ipynb #3ed33b35
+# %% ../nbs/00_core.ipynb #748438bf
 class _Recorder:
     "Collects the outputs of each executed cell and writes them into a copy of the stage's notebook"
     kinds = {'stream', 'display_data', 'execute_result', 'error'}
@@ -343,7 +344,7 @@ def record_notebook(
         _recorder.run = run if isinstance(run, Run) else Run(run)
         _recorder.target,_recorder.html = _recorder.run/f'{stage}.ipynb',html
 
-# %% ../nbs/00_core.ipynb #5a80c3e9
+# %% ../nbs/00_core.ipynb #4bf2f556
 def seed_everything(
     seed:int, # 42 by default everywhere
     deterministic:bool=False, # on CUDA: same bits each time, at some speed
@@ -374,7 +375,7 @@ def pick_device(
     if not have.get(kind): raise ConfigError(f'device: {device!r} is not here; there is {", ".join(k for k,v in have.items() if v)} (or auto)')
     return torch.device(device)
 
-# %% ../nbs/00_core.ipynb #a7acd3ea
+# %% ../nbs/00_core.ipynb #398e8425
 def use_korean_font():
     "Let matplotlib draw Hangul, with the NanumGothic that `koreanize-matplotlib` ships"
     import matplotlib as mpl

@@ -8,7 +8,7 @@ __all__ = ['MERGE_WRITES', 'GATE', 'LOG_COLUMNS', 'submission_bytes', 'Finding',
            'record_submission', 'check_submit', 'write_submission', 'find_competition', 'config_difference',
            'make_submission', 'plot_submission']
 
-# %% ../nbs/14_submit.ipynb #9c112760
+# %% ../nbs/14_submit.ipynb #78b7a3bb
 import csv, gzip, hashlib, io, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from .ensemble import task_of
 from .metrics import METRICS
 from .tasks import TASKS, get_task
 
-# %% ../nbs/14_submit.ipynb #f056aaca
+# %% ../nbs/14_submit.ipynb #12bf9330
 MERGE_WRITES = ('split', 'first', 'copy')
 
 def submission_bytes(
@@ -36,10 +36,10 @@ def submission_bytes(
 )->bytes:
     "The submission file, in the template's encoding and line ends"
     ids, classes, probs = [str(i) for i in ids], [str(c) for c in classes], np.asarray(probs, dtype='f8')
-    problems, wanted = [], set(template.ids)
+    problems, wanted, have = [], set(template.ids), set(ids)
     if probs.shape != (len(ids), len(classes)): raise DataError(f'probs: shape {probs.shape}; expected ({len(ids)}, {len(classes)}), photos and classes')
     if merge_write not in MERGE_WRITES: raise ConfigError(f'merge_write: {merge_write!r}; expected one of {", ".join(MERGE_WRITES)}')
-    if lost := [i for i in template.ids if i not in set(ids)]: problems.append(f'{len(lost)} ids of {template.path.name} have no prediction: {", ".join(lost[:3])}')
+    if lost := [i for i in template.ids if i not in have]: problems.append(f'{len(lost)} ids of {template.path.name} have no prediction: {", ".join(lost[:3])}')
     if extra := [i for i in ids if i not in wanted]: problems.append(f'{len(extra)} predictions are not asked for: {", ".join(extra[:3])}')
     if template.kind == 'probabilities':
         unmapped = [c for c in template.columns if column_class.get(c) not in classes]
@@ -58,14 +58,15 @@ def submission_bytes(
         total = p.sum(1, keepdims=True)
         p = np.maximum(p, clip)
         p *= total/p.sum(1, keepdims=True)
-        lines = ([i, *map('{:.7g}'.format, v)] for i,v in zip(template.ids, p.tolist()))
+        form = ','.join(['%.7g']*len(of))
+        lines = ([i, *(form % tuple(v)).split(',')] for i,v in zip(template.ids, p.tolist()))
     out = io.StringIO(newline='')
     w = csv.writer(out, lineterminator=template.newline)
     w.writerow([template.id_column, *template.columns])
     w.writerows(lines)
     return out.getvalue().encode(template.encoding)
 
-# %% ../nbs/14_submit.ipynb #b977cbce
+# %% ../nbs/14_submit.ipynb #3354d479
 @dataclass(frozen=True)
 class Finding:
     "One fault of a submission"
@@ -85,10 +86,11 @@ def _some(items, n=3):
 
 def _compare(got, want, what, add):
     "Missing, extra, repeated and moved names"
-    lost, new = [i for i in want if i not in set(got)], [i for i in got if i not in set(want)]
+    has, asked = set(got), set(want)
+    lost, new = [i for i in want if i not in has], [i for i in got if i not in asked]
     twice = pd.Series(got, dtype=object).loc[lambda s: s.duplicated()].unique().tolist()
     if what == 'ids' and lost and new:
-        if {i.strip() for i in new} <= set(want): add('ids_space', f'{len(new)} ids have spaces around them: {_some(map(repr, new))}'); return
+        if {i.strip() for i in new} <= asked: add('ids_space', f'{len(new)} ids have spaces around them: {_some(map(repr, new))}'); return
         if {i.lstrip('0') for i in lost} == {i.lstrip('0') for i in new}: add('ids_zeros', f'ids have lost or won zeros in front: {new[0]} instead of {lost[0]} (read ids as text)'); return
     if lost: add(f'{what}_missing', f'{len(lost)} {what} missing: {_some(lost)}')
     if new: add(f'{what}_extra', f'{len(new)} {what} that the template does not have: {_some(new)}')
@@ -97,7 +99,7 @@ def _compare(got, want, what, add):
         k = next(i for i,(a,b) in enumerate(zip(got, want)) if a != b)
         add(f'{what}_order', f'{what} in another order than the template: place {k+1} is {got[k]}, expected {want[k]}')
 
-# %% ../nbs/14_submit.ipynb #40048f37
+# %% ../nbs/14_submit.ipynb #6ac5d987
 def check_submission(
     source, # path or bytes of the file
     template:Template, # what it must look like
@@ -158,21 +160,23 @@ def _check_header(rows, template, add):
 
 def _check_values(body, template, metric, sums, add):
     "Numbers of a probability submission"
-    cells = np.array([r[1:] for r in body], dtype=object) # (n, columns) text
-    text = pd.Series(cells.ravel())
-    v = pd.to_numeric(text, errors='coerce').to_numpy('f8')
-    low = text.str.strip().str.lower()
-    def at(flat): return f'{body[flat // len(template.columns)][0]}, {template.columns[flat % len(template.columns)]}'
+    k, flat = len(template.columns), [c for r in body for c in r[1:]]
     def report(code, bad, what):
-        if (k := np.flatnonzero(bad)).size: add(code, f'{len(k)} {what}, first at {at(k[0])}: {text[k[0]]!r}; expected a number from 0 to 1')
-        return k.size
-    named = low.isin(['nan', 'na', 'null', 'none', 'n/a'])
-    bad = report('empty_cell', low == '', 'empty cells')
-    bad += report('nan', named, 'cells are NaN')
-    bad += report('infinite', np.isinf(v), 'cells are infinite')
-    bad += report('not_a_number', np.isnan(v) & ~named & (low != ''), 'cells are no numbers')
-    if bad: return
-    v = v.reshape(cells.shape)
+        if (hits := np.flatnonzero(bad)).size:
+            i = hits[0]
+            add(code, f'{len(hits)} {what}, first at {body[i // k][0]}, {template.columns[i % k]}: {flat[i]!r}; expected a number from 0 to 1')
+        return hits.size
+    try: v = np.fromiter(map(float, flat), 'f8', len(flat))
+    except ValueError: v = np.array([np.nan])
+    if not np.isfinite(v).all():
+        low = pd.Series(flat).str.strip().str.lower()
+        v, named = pd.to_numeric(low, errors='coerce').to_numpy('f8'), low.isin(['nan', 'na', 'null', 'none', 'n/a'])
+        report('empty_cell', low == '', 'empty cells')
+        report('nan', named, 'cells are NaN')
+        report('infinite', np.isinf(v), 'cells are infinite')
+        report('not_a_number', np.isnan(v) & ~named & (low != ''), 'cells are no numbers')
+        return
+    v = v.reshape(-1, k)
     s = v.sum(1)
     if (v < 0).mean() > .2: add('logits', f'{(v < 0).mean():.0%} of the cells are negative: these are logits, not probabilities'); return
     if np.abs(s-100).max() < 1: add('percent', f'rows sum to 100: these are percent, divide by 100'); return
@@ -183,8 +187,8 @@ def _check_values(body, template, metric, sums, add):
     if sums and off.size: add('row_sum', f'{len(off)} rows do not sum to 1, worst {body[np.abs(s-1).argmax()][0]} with {s[np.abs(s-1).argmax()]:.6g}')
     if len(v) > 1 and (v == v[0]).all(): add('constant', 'all rows are the same: the predictions do not depend on the photo')
     else:
-        flat = np.flatnonzero(np.ptp(v, axis=1) < 1e-9)
-        if flat.size: add('uniform_rows', f'{len(flat)} rows with equal numbers in all columns: {_some(body[i][0] for i in flat)}')
+        even = np.flatnonzero(np.ptp(v, axis=1) < 1e-9)
+        if even.size: add('uniform_rows', f'{len(even)} rows with equal numbers in all columns: {_some(body[i][0] for i in even)}')
     hot = (v.max(1) > 1-1e-9).sum()
     if metric == 'log_loss' and hot > len(v)/2: add('one_hot', f'{hot} rows claim certainty; log loss punishes that (votes instead of probabilities?)')
 
@@ -199,7 +203,7 @@ def _check_labels(labels, classes, add):
     elif wrong: add('label_unknown', f'{len(wrong)} labels are no class: {_some(wrong)}; expected some of {_some(sorted(known), 5)}')
     if len(set(labels)) == 1 and len(labels) > 1: add('label_constant', f'every photo is {labels[0]!r}')
 
-# %% ../nbs/14_submit.ipynb #b69c3f81
+# %% ../nbs/14_submit.ipynb #097cc5ae
 def read_submission(
     raw:bytes, # a submission file
 )->tuple[np.ndarray, np.ndarray]: # ids sorted (n,), values (n, columns) floats, or (n,) labels
@@ -237,7 +241,7 @@ def correlation(
     if va.shape != vb.shape: return 0.
     return float((va == vb).mean() if va.ndim == 1 else np.corrcoef(va.ravel(), vb.ravel())[0, 1])
 
-# %% ../nbs/14_submit.ipynb #fafde58a
+# %% ../nbs/14_submit.ipynb #9af4cd79
 def prior_shift(
     test_probs, # (n, C)
     oof_probs, # (m, C)
@@ -247,7 +251,7 @@ def prior_shift(
     chance = .5*np.sqrt(2/np.pi*q*(1-q)*(1/len(test_probs)+1/len(oof_probs))).sum()
     return float(np.abs(p-q).sum()/2), float(.1+2*chance)
 
-# %% ../nbs/14_submit.ipynb #14fa05b6
+# %% ../nbs/14_submit.ipynb #6272b741
 LOG_COLUMNS = ['number', 'time', 'experiment', 'file', 'sha256', 'note', 'method', 'members', 'views', 'git', 'difference', 'metric', 'train_score', 'train_loss', 'oof_score', 'oof_loss', 'nested_score',
                'public_score', 'public_accuracy', 'private_score', 'private_accuracy', 'lesson']
 
@@ -296,7 +300,7 @@ def record_submission(
         write_csv(runs_dir()/'submissions.csv', log)
     return number, True
 
-# %% ../nbs/14_submit.ipynb #e6b836b8
+# %% ../nbs/14_submit.ipynb #21cb70ef
 def check_submit(
     cfg, # parameters as given
 )->list[str]:
@@ -334,7 +338,7 @@ def write_submission(
         raise_problems(f'the submission was not written{old}', [f'{f.code}: {f.message}' for f in stop] + (['accept by name what you know to be right: -p allow NAME'] if stop else []), DataError)
     return raw, found
 
-# %% ../nbs/14_submit.ipynb #b27f983d
+# %% ../nbs/14_submit.ipynb #fcf1359c
 def find_competition(
     experiment:str, # name below `runs/`
     task=None, # None: as the runs say
@@ -409,7 +413,7 @@ def _difference_to_best(summary):
     best = log.number[score.idxmin() if METRICS[summary['metric']].lower_is_better else score.idxmax()]
     return f'from number {best}: ' + (config_difference(summary, read_json(_archive(best, 'json'))) or 'same configuration')
 
-# %% ../nbs/14_submit.ipynb #d874a313
+# %% ../nbs/14_submit.ipynb #69bb8161
 def plot_submission(
     res, # from `make_submission`
     limit:int=20, # classes shown, those that differ most

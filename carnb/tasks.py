@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPE', 'DEMO_RECIPE', 'TASKS', 'Task', 'get_task', 'read_data']
 
-# %% ../nbs/09_tasks.ipynb #953cb83f
+# %% ../nbs/09_tasks.ipynb #a5b1cfdf
 from dataclasses import dataclass, field
 from typing import Callable
 from fastcore.basics import AttrDict
@@ -14,7 +14,7 @@ from .data import *
 from .demo import make_demo
 from .metrics import METRICS
 
-# %% ../nbs/09_tasks.ipynb #0dd98261
+# %% ../nbs/09_tasks.ipynb #a7f44bb3
 @dataclass(frozen=True)
 class Task:
     "A competition as data"
@@ -30,10 +30,10 @@ class Task:
     @property
     def scored(self): return METRICS[self.metric]
 
-# %% ../nbs/09_tasks.ipynb #7c9913ae
+# %% ../nbs/09_tasks.ipynb #7e6e8425
 RECIPE = dict(epochs=11, label_smoothing=0.05, schedule='cosine', warmup=0.02, ema=0.99, head_lr_mult=1., pooling='native', precision='auto', grad_clip=0.)
 
-DEMO_RECIPE = dict(img_size=96, batch_size=16, epochs=8, lr=2e-3) # for models without a preset on the drawn photos: minutes on two cores
+DEMO_RECIPE = dict(img_size=124, batch_size=16, epochs=8, lr=2e-3) # for models without a preset on the drawn photos: minutes on two cores
 
 TASKS = dict(
     cars=Task('cars', read_class_folders, 'log_loss', aspect='auto', augmentation=dict(min_scale=.5, stretch=1.35, color=0., hue=0.), training=RECIPE),
@@ -46,7 +46,7 @@ def get_task(
     if name not in TASKS: raise ConfigError(f'task: {name!r} is unknown{did_you_mean(name, TASKS)}; there is {", ".join(TASKS)}')
     return TASKS[name]
 
-# %% ../nbs/09_tasks.ipynb #fde9606b
+# %% ../nbs/09_tasks.ipynb #e5a84c37
 def read_data(
     task:Task, # the record
     data_dir=None, # the competition's folder; None: the demo

@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'PRECISIONS', 'check_train', 'resolve', 'schedule_factor
            'Progress', 'peak_memory', 'History', 'save_weights', 'pick_precision', 'build_learner', 'fit_run',
            'prepare', 'start_run', 'train_run', 'load_model', 'tiny_experiment', 'plot_history']
 
-# %% ../nbs/10_train.ipynb #ae52404a
+# %% ../nbs/10_train.ipynb #4a8f3ed3
 from .core import * # before torch: see OMP_WAIT_POLICY there
 import contextlib, json, math, resource, sys, time
 from pathlib import Path
@@ -29,7 +29,7 @@ from .backbones import *
 from .pooling import POOLINGS, pooling_p
 from .tasks import *
 
-# %% ../nbs/10_train.ipynb #36543e88
+# %% ../nbs/10_train.ipynb #eb861834
 SCHEDULES = ('cosine', 'one_cycle', 'flat_cosine', 'warm_restarts', 'step', 'constant')
 PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
 
@@ -43,7 +43,7 @@ def check_train(
     def within(k, low, high, open_low=False):
         v = cfg[k]
         if v is not None and not (low < v if open_low else low <= v) or v is not None and v > high: p.append(f'{k}: {v}; expected {"more than " if open_low else ""}{low} to {high}')
-    among('task', TASKS); among('schedule', SCHEDULES); among('loss', LOSSES); among('pooling', POOLINGS); among('precision', PRECISIONS); among('fit', FITS)
+    among('task', TASKS); among('schedule', SCHEDULES); among('loss', LOSSES); among('pooling', POOLINGS); among('precision', PRECISIONS); among('fit', FITS); among('head_init', HEAD_INITS)
     within('n_folds', 2, 100); within('epochs', 1, 10_000); within('batch_size', 1, 65_536); within('lr', 0, 100, True); within('weight_decay', 0, 10)
     within('warmup', 0, 1); within('label_smoothing', 0, .999); within('drop_path', 0, .999); within('ema', 0, .99999); within('grad_clip', 0, 1e9); within('max_steps', 1, 10**9)
     within('num_workers', 0, 256); within('head_lr_mult', 0, 1e4, True)
@@ -73,7 +73,7 @@ def resolve(
 )->AttrDict: # every setting has its value
     "Fill what is open from the preset of `arch`, then from the task"
     cfg, preset = AttrDict(cfg), find_preset(cfg.arch)
-    recipe = dict(pooling='native', precision='auto', warmup=.1, schedule='cosine', ema=0., grad_clip=0., head_lr_mult=1., label_smoothing=.1, epochs=10) | task.training
+    recipe = dict(pooling='native', precision='auto', warmup=.1, schedule='cosine', ema=0., grad_clip=0., head_lr_mult=1., head_init='zero', label_smoothing=.1, epochs=10) | task.training
     small = preset.arch == cfg.arch and cfg.data_dir is None # no preset of the plan, drawn photos: nothing to download
     fill = dict(img_size=preset.img_size, batch_size=preset.batch_size, lr=preset.lr, optimizer=preset.optimizer, weight_decay=preset.weight_decay, drop_path=preset.drop_path,
                 loss=task.loss, fit=task.fit, aspect=task.aspect, pretrained=not small, **recipe) | (DEMO_RECIPE if small else {})
@@ -88,7 +88,7 @@ def resolve(
     raise_problems('these parameters cannot be used', [p for p in [size_problem(preset.arch, cfg.size)] if p], ConfigError)
     return cfg
 
-# %% ../nbs/10_train.ipynb #d8f773c7
+# %% ../nbs/10_train.ipynb #81d1604e
 def schedule_factor(
     name:str, # a name in SCHEDULES
     step:int, # 0 to total - 1
@@ -114,7 +114,7 @@ def schedule_factor(
         return cos(at/length)
     return 1.
 
-# %% ../nbs/10_train.ipynb #733ce5a3
+# %% ../nbs/10_train.ipynb #1253996d
 class LRSchedule(Callback):
     "Sets the learning rate before each step"
     order = 10
@@ -163,7 +163,7 @@ class Progress(Callback):
         if self.training: self.bar.update()
     def after_fit(self): self.bar.close()
 
-# %% ../nbs/10_train.ipynb #45acffba
+# %% ../nbs/10_train.ipynb #872a15d8
 def peak_memory(device)->float: # GB
     "Largest memory in use so far: of the device on CUDA, of the process elsewhere"
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/1e9
@@ -223,7 +223,7 @@ def save_weights(
     state = {k: v.detach().cpu().contiguous().clone() for k,v in model.state_dict().items()}
     with atomic_path(path) as tmp: save_file(state, tmp, {k: str(v) for k,v in about.items()})
 
-# %% ../nbs/10_train.ipynb #c7e61c0e
+# %% ../nbs/10_train.ipynb #399aae87
 def pick_precision(
     precision:str, # auto, fp32, bf16 or fp16
     device, # torch device
@@ -246,7 +246,7 @@ def build_learner(
     if missing: raise DataError(f'fold {cfg.fold}: no training photo left of {", ".join(missing[:5])}; use fewer folds')
     dls = make_dls(train, valid, comp.data_dir, comp.classes, cfg.size, cfg.batch_size, cfg.fit, get_task(cfg.task).augmentation, 2*cfg.batch_size,
                    device, cfg.num_workers, model_stats(cfg.timm_arch), cfg.seed)
-    model = create_model(cfg.timm_arch, len(comp.classes), cfg.size, cfg.pretrained, cfg.pooling, drop_path=cfg.drop_path)
+    model = create_model(cfg.timm_arch, len(comp.classes), cfg.size, cfg.pretrained, cfg.pooling, drop_path=cfg.drop_path, head_init=cfg.head_init)
     model.to(device, memory_format=torch.channels_last)
     loss = make_loss(cfg.loss, len(comp.classes), **({} if cfg.label_smoothing is None else dict(label_smoothing=cfg.label_smoothing)))
     cbs = [SetEpoch(), LRSchedule(cfg.schedule, group_lrs(cfg.lr, cfg.head_lr_mult), cfg.warmup), Progress(), History(run, cfg.metric, cfg)]
@@ -276,7 +276,7 @@ def fit_run(
     write_json(run/'metrics.json', metrics)
     return metrics
 
-# %% ../nbs/10_train.ipynb #2412d135
+# %% ../nbs/10_train.ipynb #a4087107
 def prepare(
     cfg, # checked parameters
     progress:bool=True, # show bars
@@ -322,7 +322,7 @@ def load_model(
     model.load_state_dict(load_file(run/'weights.safetensors'))
     return model.to(device, memory_format=torch.channels_last).eval(), cfg
 
-# %% ../nbs/10_train.ipynb #a760999a
+# %% ../nbs/10_train.ipynb #474aa382
 def tiny_experiment()->str: # name of the experiment
     "A finished experiment small enough for tests, below `runs/`"
     name = 'tiny'
@@ -333,7 +333,7 @@ def tiny_experiment()->str: # name of the experiment
                 for fold in (0, 1): train_run(experiment=name, arch=arch, fold=fold, img_size=48, batch_size=16, epochs=1, max_steps=6, pretrained=False, num_workers=0, device='cpu')
     return name
 
-# %% ../nbs/10_train.ipynb #dfa97562
+# %% ../nbs/10_train.ipynb #acf2f32a
 def plot_history(
     history:pd.DataFrame, # from `history.csv`
     metric:str, # scored metric
