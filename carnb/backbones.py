@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'HEAD_INITS', 'Preset', 'list_presets', 'is_transformer', 'find_preset', 'create_model', 'init_head',
-           'size_multiple', 'size_problem', 'model_stats', 'split_params', 'group_wds', 'group_lrs', 'make_opt_func',
-           'make_learner']
+           'fixed_size', 'size_multiple', 'size_problem', 'model_stats', 'split_params', 'group_wds', 'group_lrs',
+           'make_opt_func', 'make_learner']
 
-# %% ../nbs/06_backbones.ipynb #52ba9b45
+# %% ../nbs/06_backbones.ipynb #2cc719e8
 from .core import * # before torch: see OMP_WAIT_POLICY there
 import contextlib, warnings
 from dataclasses import asdict, dataclass
@@ -19,10 +19,11 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import AttrDict
 from fastcore.foundation import L
+from safetensors import safe_open
 from timm.optim import create_optimizer_v2, list_optimizers
 from .pooling import *
 
-# %% ../nbs/06_backbones.ipynb #0b8aed95
+# %% ../nbs/06_backbones.ipynb #140954d7
 @dataclass(frozen=True)
 class Preset:
     "What a model starts from; every value can be overridden"
@@ -58,7 +59,7 @@ def list_presets()->pd.DataFrame: # a row per preset
     "The presets as a table"
     return pd.DataFrame([dict(preset=k, **asdict(p)) for k,p in PRESETS.items()]).set_index('preset')
 
-# %% ../nbs/06_backbones.ipynb #7754780f
+# %% ../nbs/06_backbones.ipynb #c12f110e
 def is_transformer(arch): return any(s in arch for s in ('vit', 'deit', 'swin', 'beit', 'eva', 'cait', 'xcit', 'mixer', 'maxvit', 'coat'))
 
 def find_preset(
@@ -68,12 +69,13 @@ def find_preset(
     if arch in PRESETS: return PRESETS[arch]
     if not arch.startswith(('hf_hub:', 'hf-hub:', 'local-dir:')) and not timm.is_model(arch.split('.')[0]):
         raise ConfigError(f'arch: no preset and no timm model is called {arch!r}{did_you_mean(arch, [*PRESETS, *timm.list_models()])}; presets: {", ".join(PRESETS)}')
-    cfg = timm.get_pretrained_cfg(arch) if not ':' in arch else None
+    try: cfg = timm.get_pretrained_cfg(arch) if not ':' in arch else None
+    except RuntimeError as e: raise ConfigError(f'arch: {e}{did_you_mean(arch, timm.list_pretrained(arch.split(".")[0]+".*"))}') from None
     size = cfg.input_size[-1] if cfg and cfg.input_size else 224
     big = is_transformer(arch) or 'convnext' in arch
     return Preset(arch, size, 16, 'adamw', 1e-4 if big else 1e-3, 0.01, why='timm\'s size; AdamW, at the rate that suits small convolutional networks (20_ablation) or transformers')
 
-# %% ../nbs/06_backbones.ipynb #9d612edc
+# %% ../nbs/06_backbones.ipynb #b81a9baf
 def _weights_file(path):
     f = resolve_path(path)
     if not f.is_file(): raise ConfigError(f'pretrained: {path} is not there; expected true, false or a .pth / .safetensors file')
@@ -97,17 +99,35 @@ def create_model(
     if isinstance(pretrained, str): kw['pretrained_cfg_overlay'] = dict(file=str(_weights_file(pretrained)))
     def build(**more): return timm.create_model(arch, pretrained=bool(pretrained), **kw, **more)
     try:
-        try: model = build(img_size=tuple(size)) if size is not None and _fixed_size(arch) else build()
+        try: model = build(img_size=tuple(size)) if size is not None and fixed_size(arch) else build()
         except TypeError as e: # a model without stochastic depth
             if 'drop_path_rate' not in str(e): raise
             kw.pop('drop_path_rate')
-            model = build(img_size=tuple(size)) if size is not None and _fixed_size(arch) else build()
+            model = build(img_size=tuple(size)) if size is not None and fixed_size(arch) else build()
     except Exception as e: raise _explain(e, arch, pretrained, size) from None
+    if isinstance(pretrained, str): _check_loaded(model, _weights_file(pretrained), arch)
     if head_init != 'timm': init_head(model, head_init)
     if pooling != 'native':
         try: replace_pooling(model, pooling, p=gem_p)
         except ValueError as e: raise ConfigError(f'pooling: {e}') from None
     return model
+
+def _check_loaded(model, file, arch):
+    "timm loads what fits when the class counts differ; here all of the body must have been in the file"
+    if file.suffix == '.safetensors':
+        with safe_open(file, 'pt') as f: have = set(f.keys())
+    else:
+        state = torch.load(file, map_location='cpu', weights_only=True)
+        for k in ('state_dict_ema', 'model_ema', 'state_dict', 'model'): state = state[k] if isinstance(state.get(k), dict) else state
+        have = {k.removeprefix('module.').removeprefix('_orig_mod.') for k in state}
+    head = {id(p) for p in _head(model).parameters()}
+    body = [n for n,p in model.named_parameters() if id(p) not in head]
+    lost = [n for n in body if n not in have]
+    if len(lost) > len(body)//2: raise ConfigError(f'pretrained: {file} does not fit {arch}: {len(lost)} of {len(body)} weights are not in it ({", ".join(lost[:3])} ...)')
+
+def _head(model):
+    c = model.get_classifier()
+    return nn.ModuleList(c) if isinstance(c, (tuple, list)) else c
 
 HEAD_INITS = ('zero', 'uniform', 'timm')
 
@@ -122,7 +142,10 @@ def init_head(
         else: nn.init.kaiming_uniform_(m.weight, a=5**.5)
         if m.bias is not None: nn.init.zeros_(m.bias)
 
-def _fixed_size(arch):
+def fixed_size(
+    arch:str, # timm name
+)->bool:
+    "Is the network built for one canvas?"
     if ':' in arch: return False
     cfg = timm.get_pretrained_cfg(arch)
     return bool(cfg and cfg.fixed_input_size)
@@ -138,7 +161,7 @@ def _explain(e, arch, pretrained, size):
     if isinstance(e, AssertionError) or 'size' in text: return ConfigError(f'img_size: {arch} cannot take {size} ({text})')
     return ConfigError(f'arch: {arch} could not be built ({text})')
 
-# %% ../nbs/06_backbones.ipynb #aa9907ca
+# %% ../nbs/06_backbones.ipynb #849f300d
 def size_multiple(
     arch:str, # timm name
 )->int: # pixels
@@ -152,13 +175,13 @@ def size_problem(
     size, # (h, w)
 )->str|None:
     "Why the backbone cannot take this canvas, with the nearest one it can, or None"
-    k = size_multiple(arch) if _fixed_size(arch) else 1
+    k = size_multiple(arch) if fixed_size(arch) else 1
     bad = [s for s in size if s % k or s < 32]
     if not bad: return None
     near = tuple(max(32, round(s/k)*k) for s in size)
     return f'img_size: {arch} takes multiples of {k} px from 32 up, not {size[0]},{size[1]}; nearest: {near[0]},{near[1]}'
 
-# %% ../nbs/06_backbones.ipynb #0f1f82d9
+# %% ../nbs/06_backbones.ipynb #a5aafeae
 def model_stats(
     arch:str, # timm name
 )->tuple: # (mean, std) per channel
@@ -166,7 +189,7 @@ def model_stats(
     cfg = timm.get_pretrained_cfg(arch) if ':' not in arch else None
     return (tuple(cfg.mean), tuple(cfg.std)) if cfg else ((.485, .456, .406), (.229, .224, .225))
 
-# %% ../nbs/06_backbones.ipynb #acc0f27d
+# %% ../nbs/06_backbones.ipynb #fb639799
 def split_params(
     model:nn.Module, # a timm model
 )->list: # [body without decay, body, head]
@@ -178,14 +201,10 @@ def split_params(
         groups[2 if id(p) in head else 0 if no_decay else 1].append(p)
     return groups
 
-def _head(model):
-    c = model.get_classifier()
-    return nn.ModuleList(c) if isinstance(c, (tuple, list)) else c
-
 def group_wds(wd:float)->list: return [0., wd, wd]
 def group_lrs(lr:float, head_mult:float=1.)->list: return [lr, lr, lr*head_mult]
 
-# %% ../nbs/06_backbones.ipynb #c3a0374d
+# %% ../nbs/06_backbones.ipynb #6d2f708e
 def make_opt_func(
     name:str='adamw', # timm's name
     momentum:float=0.9, # of SGD-like ones

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['OURS', 'DEMO', 'parse_args', 'stage_help', 'main_help', 'run_stage', 'new', 'demo', 'main']
 
-# %% ../nbs/17_cli.ipynb #639d6afa
-import os, sys, time
+# %% ../nbs/17_cli.ipynb #041f83b4
+import os, signal, sys, time
 from pathlib import Path
 import yaml
 from .core import *
 
-# %% ../nbs/17_cli.ipynb #d6bb1d33
+# %% ../nbs/17_cli.ipynb #399924fa
 def parse_args(
     stage:str, # `train`, `predict`, ...
     args:list[str], # what follows on the command line
@@ -23,7 +23,7 @@ def parse_args(
         if a == '-p' and len(args) > i+2: given[args[i+1]], i = args[i+2], i+3
         elif a == '-f' and len(args) > i+1:
             try: more = yaml.safe_load(resolve_path(args[i+1]).read_text(encoding='utf8')) or {}
-            except (OSError, yaml.YAMLError) as e: more, _ = {}, problems.append(f'-f {args[i+1]}: {str(e).splitlines()[0]}')
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: more, _ = {}, problems.append(f'-f {args[i+1]}: {str(e).splitlines()[0]}')
             if isinstance(more, dict): from_files |= more
             else: problems.append(f'-f {args[i+1]}: expected `name: value` lines')
             i += 2
@@ -34,13 +34,12 @@ def parse_args(
     for k,v in (from_files | given).items():
         if k not in known: problems.append(f'{k}: unknown parameter{did_you_mean(k, known)}')
         else:
-            if known[k].type == 'dict' and isinstance(v, str): v = yaml.safe_load(v)
-            try: res[k] = coerce(v, eval(known[k].type))
-            except ValueError as e: problems.append(f'{k}: {e}')
+            try: res[k] = coerce(yaml.safe_load(v) if known[k].type == 'dict' and isinstance(v, str) else v, eval(known[k].type))
+            except (ValueError, yaml.YAMLError) as e: problems.append(f'{k}: {str(e).splitlines()[0]}')
     raise_problems(f'carnb {stage}: these words cannot be used (carnb {stage} --help lists the parameters)', problems, ConfigError)
     return res
 
-# %% ../nbs/17_cli.ipynb #8f121f77
+# %% ../nbs/17_cli.ipynb #e9414535
 def stage_help(
     stage:str, # `train`, `predict`, ...
 )->str:
@@ -57,7 +56,7 @@ def main_help()->str:
                       *(f'  {s:<10} {promise(s)}' for s in list_stages()), '', '  demo       the whole road on a small competition that is drawn', '  new NAME   a folder for a competition of your own', '',
                       'carnb STAGE --help lists the parameters of a stage.'])
 
-# %% ../nbs/17_cli.ipynb #e80cb0de
+# %% ../nbs/17_cli.ipynb #6112b0a3
 OURS = {c.__name__ for c in (CarnbError, ConfigError, DataError)}
 
 def run_stage(
@@ -70,8 +69,13 @@ def run_stage(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         import papermill as pm
+        from nbclient.exceptions import DeadKernelError
         try: pm.execute_notebook(str(stage_notebook(stage)), None, parameters=params, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name='python3')
+        except DeadKernelError:
+            print(f'carnb {stage}: the kernel died, most likely for lack of memory: try a smaller batch_size, then a smaller img_size, then a smaller model', file=sys.stderr)
+            return 1
         except pm.PapermillExecutionError as e:
+            if e.ename == 'KeyboardInterrupt': raise KeyboardInterrupt from None
             clear = '\r\033[K' if sys.stderr.isatty() else ''
             if e.ename in OURS: print(f'{clear}carnb {stage}: {e.evalue}', file=sys.stderr)
             else:
@@ -81,13 +85,13 @@ def run_stage(
             return 1
     return 0
 
-# %% ../nbs/17_cli.ipynb #289d22d7
+# %% ../nbs/17_cli.ipynb #7ad12d2c
 def new(
     name:str, # folder to make
 )->int: # exit code
     "Make a folder for a competition"
     d = Path(name)
-    if d.exists() and any(d.iterdir()): raise CarnbError(f'new: {name} is there and not empty')
+    if d.exists() and (not d.is_dir() or any(d.iterdir())): raise CarnbError(f'new: {name} is there and not empty')
     d.mkdir(parents=True, exist_ok=True)
     write_text(d/'carnb.yaml', '# marks the root of a carnb project: runs/ is made here\n')
     write_text(d/'train.yaml', '# carnb train -f train.yaml\ntask: cars\ndata_dir: data\nexperiment: first\narch: convnext_base\nfold: 0\n')
@@ -104,32 +108,33 @@ def demo()->int: # exit code
         print(f'\n== {i+1}/{len(steps)} carnb {stage} ==', flush=True)
         if code := run_stage(stage, params): return code
     root = runs_dir()/'demo'
-    e = read_json(root/'ensemble/ensemble.json')
     print(f'\ndone in {time.perf_counter()-t0:.0f} s. Look at:')
-    for f in ('leaderboard.csv', 'ensemble/submission.csv', 'report.html'): print(f'  {(root/f).relative_to(project_root())}')
+    for f in ('leaderboard.csv', 'ensemble/submission.csv', 'report.html'): print(f'  {os.path.relpath(root/f)}')
     return 0
 
-# %% ../nbs/17_cli.ipynb #9395ea5a
+# %% ../nbs/17_cli.ipynb #7ed55100
+def _stop(*_): raise KeyboardInterrupt
+
 def main(
     args:list[str]|None=None, # words after `carnb`; those of the command line when None
 )->int: # exit code: 0 well, 1 the stage failed, 2 the words were wrong
     "The command `carnb`"
+    if args is None: signal.signal(signal.SIGTERM, _stop) # ends the kernel, and with it what it started
     args = list(sys.argv[1:] if args is None else args)
     for s in (sys.stdout, sys.stderr):
         if hasattr(s, 'reconfigure'): s.reconfigure(encoding='utf8', errors='replace')
     try:
         if not args or args[0] in ('-h', '--help', 'help'): print(main_help()); return 0 if args else 2
         stage, rest = args[0], args[1:]
-        if stage == 'demo' and not rest: return demo()
         if stage == 'new' and len(rest) == 1: return new(rest[0])
-        if stage in ('demo', 'new'): raise ConfigError('usage: carnb demo, or carnb new NAME')
-        if stage not in list_stages(): raise ConfigError(f'there is no stage {stage!r}{did_you_mean(stage, [*list_stages(), "demo", "new"])}\n\n{main_help()}')
+        if stage == 'new' or stage == 'demo' and rest: raise ConfigError('usage: carnb demo, or carnb new NAME')
+        if stage not in ('demo', *list_stages()): raise ConfigError(f'there is no stage {stage!r}{did_you_mean(stage, [*list_stages(), "demo", "new"])}\n\n{main_help()}')
         if any(a in ('-h', '--help') for a in rest): print(stage_help(stage)); return 0
-        params = parse_args(stage, rest)
+        params = None if stage == 'demo' else parse_args(stage, rest)
     except CarnbError as e:
         print(f'carnb: {e}', file=sys.stderr)
         return 2
-    try: return run_stage(stage, params)
+    try: return demo() if stage == 'demo' else run_stage(stage, params)
     except KeyboardInterrupt:
         print(f'carnb {stage}: interrupted', file=sys.stderr)
         return 130

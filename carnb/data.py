@@ -6,9 +6,9 @@
 __all__ = ['PHOTO_SUFFIXES', 'test_nfd', 'FINDINGS', 'BOMB_PIXELS', 'CHECK_VERSION', 'is_jpeg', 'decode_image', 'read_image',
            'nfc', 'list_photos', 'read_csv_text', 'read_table', 'Template', 'read_template', 'read_merges',
            'merge_suggestions', 'Competition', 'read_class_folders', 'check_photo', 'check_photos', 'findings_table',
-           'duplicate_pairs', 'group_items', 'make_folds', 'rare_classes', 'leak_report', 'assign_folds']
+           'duplicate_pairs', 'group_items', 'make_folds', 'rare_classes', 'leak_report', 'read_folds', 'assign_folds']
 
-# %% ../nbs/01_data.ipynb #7b41b09e
+# %% ../nbs/01_data.ipynb #69297298
 import csv, hashlib, io, os, unicodedata, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 from .core import *
 
-# %% ../nbs/01_data.ipynb #34c300d1
+# %% ../nbs/01_data.ipynb #4a84beb9
 PHOTO_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.jfif'}
 Image.MAX_IMAGE_PIXELS = None # size is checked here, with a message of our own
 cv2.setNumThreads(0) # our parallelism is over photos
@@ -57,7 +57,7 @@ def decode_image(
         if im is not None: return im if flag == cv2.IMREAD_COLOR_RGB else im[..., ::-1]
     try:
         with Image.open(io.BytesIO(raw)) as im: return np.asarray(_rgb(im))
-    except Exception as e: raise DataError(f'not a photo that can be read: {type(e).__name__}: {str(e)[:100]}') from None
+    except Exception as e: raise DataError(f'not a photo that can be read ({type(e).__name__})') from None
 
 def read_image(
     path, # a file
@@ -68,7 +68,7 @@ def read_image(
     except OSError as e: raise DataError(f'{path}: {e.strerror}') from None
     except DataError as e: raise DataError(f'{path}: {e}') from None
 
-# %% ../nbs/01_data.ipynb #e0d33b92
+# %% ../nbs/01_data.ipynb #9be50e21
 def nfc(
     s, # any name
 )->str:
@@ -86,7 +86,7 @@ def list_photos(
 
 test_nfd = unicodedata.normalize('NFD', '나래')
 
-# %% ../nbs/01_data.ipynb #9d878106
+# %% ../nbs/01_data.ipynb #dede3b14
 def read_csv_text(
     path, # a CSV in UTF-8 (with or without BOM) or CP949
 )->tuple[str,str]: # text, encoding
@@ -133,17 +133,16 @@ def read_template(
     raise_problems(f'{path} cannot serve as template', problems, DataError)
     return Template(Path(path), ids, head[0], head[1:], enc, '\r\n' if '\r\n' in text else '\n')
 
-# %% ../nbs/01_data.ipynb #7cc8c841
+# %% ../nbs/01_data.ipynb #9fbde839
 def read_merges(
     merges, # a dict name -> list of names, a YAML file with one, or None
 )->dict: # name -> class
     "Map from every merged name to its class"
     if not merges: return {}
     if not isinstance(merges, dict):
-        path = resolve_path(merges)
-        if not path.exists(): raise ConfigError(f'merges: {merges} is not there')
-        merges = yaml.safe_load(path.read_text(encoding='utf8')) or {}
-    if not isinstance(merges, dict): raise ConfigError('merges: expected `class name: [names]` pairs')
+        try: merges = yaml.safe_load(resolve_path(merges).read_text(encoding='utf8')) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise ConfigError(f'merges: {merges} cannot be read: {str(e).splitlines()[0]}') from None
+    if not isinstance(merges, dict) or not all(isinstance(v, (str, list)) for v in merges.values()): raise ConfigError('merges: expected `class name: [names]` pairs')
     res, problems = {}, []
     for c,names in merges.items():
         for n in {nfc(c), *map(nfc, [names] if isinstance(names, str) else names)}:
@@ -156,11 +155,11 @@ def merge_suggestions(
     classes, # class names
 )->list[tuple]: # groups of names that may be one class
     "Names that are equal after removing order, spacing and punctuation: candidates for `merges`"
-    def key(n): return ''.join(sorted(p for p in ''.join(ch if ch.isalnum() else ' ' for ch in nfc(n).lower()).split() if len(p) > 1))
+    def key(n): return ''.join(sorted(p for p in ''.join(ch if ch.isalnum() else ' ' for ch in nfc(n).lower()).split() if len(p) > 1 or p.isdigit())) or nfc(n)
     by = pd.Series(list(classes)).groupby([key(c) for c in classes]).agg(tuple)
     return [g for g in by if len(g) > 1]
 
-# %% ../nbs/01_data.ipynb #b58d7c72
+# %% ../nbs/01_data.ipynb #717e13db
 @dataclass(frozen=True)
 class Competition:
     "A data folder as tables: items, class list, template"
@@ -200,8 +199,8 @@ def _test_items(d, template, problems):
             if twice: problems.append(f'test.csv: ID more than once: {", ".join(twice[:5])}')
             return res
     files = list_photos(d/'test') if (d/'test').is_dir() else []
-    ids = set(template.ids) if template else set() # an ID is the file's name, with or without suffix
-    return pd.DataFrame(dict(id=[f.name if f.name in ids else f.stem for f in files], path=[f.relative_to(d).as_posix() for f in files]), dtype=object)
+    ids = {nfc(i): i for i in template.ids} if template else {} # an ID is the file's name, with or without suffix
+    return pd.DataFrame(dict(id=[ids.get(nfc(f.name)) or ids.get(nfc(f.stem)) or nfc(f.stem) for f in files], path=[f.relative_to(d).as_posix() for f in files]), dtype=object)
 
 def _match(template, test, classes, merges, problems):
     "Problems between template, test photos and classes; returns column -> class"
@@ -242,7 +241,7 @@ def read_class_folders(
     raise_problems(f'{data_dir} cannot be used', problems, DataError)
     merged = {n: c for n,c in merges.items() if n != c and c in present}
     if merged: notes.append(f'{len(merged)} class names merged: ' + ', '.join(f'{n} → {c}' for n,c in merged.items()))
-    for g in merge_suggestions(set(classes)): notes.append(f'these may be one class (see merges): {", ".join(g)}')
+    for g in merge_suggestions(classes): notes.append(f'these may be one class (see merges): {", ".join(g)}')
     return Competition(d, _table(train, test), classes, template, column_class, notes)
 
 def _table(train, test):
@@ -253,7 +252,7 @@ def _table(train, test):
     raise_problems('the data has ids more than once', twice, DataError)
     return items[['id', 'path', 'label', 'target', 'fold', 'group', 'split']]
 
-# %% ../nbs/01_data.ipynb #fa252cf6
+# %% ../nbs/01_data.ipynb #3ac3e353
 FINDINGS = { # code: (severity, what is done)
     'missing':      ('error', 'file is not there'),
     'empty':        ('error', 'zero bytes'),
@@ -304,7 +303,7 @@ def check_photo(
             try: im.load()
             except OSError: codes.append('truncated')
         small = decode_image(raw, min_size=(64, 64))
-    except Exception as e: return done('unreadable', message=f'{type(e).__name__}: {str(e)[:80]}')
+    except Exception as e: return done('unreadable', message=type(e).__name__ if 'BytesIO' in str(e) else f'{type(e).__name__}: {str(e)[:80]}')
     if min(row['width'], row['height']) < 32: codes.append('tiny')
     if max(row['width'], row['height']) > 5*min(row['width'], row['height']): codes.append('extreme')
     grey = cv2.cvtColor(np.ascontiguousarray(small), cv2.COLOR_RGB2GRAY)
@@ -314,7 +313,7 @@ def check_photo(
     for i,c in enumerate('rgb'): row[f'mean_{c}'], row[f'sq_{c}'] = float(px[:,i].mean()), float((px[:,i]**2).mean())
     return done(*codes)
 
-# %% ../nbs/01_data.ipynb #b1bfc9b5
+# %% ../nbs/01_data.ipynb #f8c23b04
 def check_photos(
     data_dir, # `paths` are below it
     paths, # files to check
@@ -331,8 +330,10 @@ def check_photos(
     stamps = {p: stamp(p) for p in paths}
     try: old = pd.read_csv(cache, dtype=dict(findings=str, sha=str, phash=str, thumb=str, message=str), keep_default_na=False)
     except (OSError, ValueError): old = pd.DataFrame(columns=['path', 'stamp'])
+    for c in old.columns[old.columns.str.match('mean_|sq_')]: old[c] = pd.to_numeric(old[c], errors='coerce')
     known = old[[stamps.get(p) == s for p,s in zip(old.path, old.stamp)]] if len(old) else old
-    todo = [p for p in paths if p not in set(known.path)]
+    have = set(known.path)
+    todo = [p for p in paths if p not in have]
     if not todo: return known.set_index('path').loc[paths].reset_index()
     with ThreadPoolExecutor(os.cpu_count()) as ex:
         rows = list(tqdm(ex.map(lambda p: check_photo(data_dir/p), todo), total=len(todo), desc='checking photos', disable=not progress, leave=False))
@@ -351,14 +352,14 @@ def findings_table(
     t = pd.DataFrame(rows, columns=['path', 'finding', 'severity', 'what', 'message'])
     return t.sort_values('severity', key=lambda s: s.map(dict(error=0, warning=1, note=2)), kind='stable', ignore_index=True)
 
-# %% ../nbs/01_data.ipynb #51600444
+# %% ../nbs/01_data.ipynb #5e7984eb
 def duplicate_pairs(
     checked:pd.DataFrame, # from `check_photos`
     max_bits:int=8, # differing bits of 64 that are still near
     min_corr:float=0.97, # correlation of the 16 x 16 thumbnails that confirms
 )->pd.DataFrame: # a, b (paths), kind (exact or near), bits
     "Pairs of photos that are the same picture"
-    c = checked[checked.phash != ''].reset_index(drop=True)
+    c = checked[checked.phash != ''].sort_values('path').reset_index(drop=True)
     if len(c) < 2: return pd.DataFrame(columns=['a', 'b', 'kind', 'bits'])
     h = np.array([int(p, 16) for p in c.phash], dtype='u8')
     t = np.array([np.frombuffer(bytes.fromhex(x), 'u1') for x in c.thumb], dtype='f4')
@@ -391,7 +392,7 @@ def group_items(
     names = items.group.groupby(comp).transform('first')
     return names
 
-# %% ../nbs/01_data.ipynb #3d796f39
+# %% ../nbs/01_data.ipynb #39734577
 def make_folds(
     items:pd.DataFrame, # training rows: id, target, group
     n_folds:int=5, # at least 2
@@ -418,7 +419,7 @@ def rare_classes(
     n = items.groupby('target').group.nunique()
     return n[n < n_folds].sort_values()
 
-# %% ../nbs/01_data.ipynb #b185ed16
+# %% ../nbs/01_data.ipynb #009673fd
 def leak_report(
     items:pd.DataFrame, # training rows with folds
     pairs:pd.DataFrame, # from `duplicate_pairs`
@@ -429,6 +430,16 @@ def leak_report(
     a,b = fold.loc[p.a].to_numpy(), fold.loc[p.b].to_numpy()
     return dict(duplicate_pairs=len(p), pairs_across_folds=int((a != b).sum()), pairs_across_classes=int((label.loc[p.a].to_numpy() != label.loc[p.b].to_numpy()).sum()),
                 groups_across_folds=int((items.groupby('group').fold.nunique() > 1).sum()))
+
+def read_folds(
+    path, # CSV with the columns id and fold
+)->pd.Series: # fold by id
+    "Folds from a table"
+    t = read_table(path)
+    if not {'id', 'fold'} <= set(t): raise DataError(f'{path}: expected the columns id and fold, not {", ".join(t)}')
+    if t.id.duplicated().any(): raise DataError(f'{path}: id more than once: {t.id[t.id.duplicated()].iloc[0]}')
+    if not t.fold.str.fullmatch(r'\d+').all(): raise DataError(f'{path}: folds must be numbers from 0')
+    return t.set_index('id').fold.astype(int)
 
 def assign_folds(
     comp:Competition, # its items get groups and folds
@@ -444,11 +455,13 @@ def assign_folds(
     items['group'] = group_items(items, pairs)
     train = items.split == 'train'
     rare = rare_classes(items[train], n_folds)
-    if len(rare): raise DataError(f'classes with fewer independent photos than n_folds = {n_folds}: ' + ', '.join(f'{c} ({n})' for c,n in rare[:8].items()) +
-                                  f'; use -p n_folds {max(2, rare.min())}, add photos, or merge the class')
+    if len(rare):
+        hint = f'use -p n_folds {rare.min()}, ' if rare.min() >= 2 else ''
+        raise DataError(f'classes with fewer independent photos than n_folds = {n_folds}: ' + ', '.join(f'{c} ({n})' for c,n in rare[:8].items()) + f'; {hint}add photos, or merge the class')
     source = resolve_path(folds_file) if folds_file else path
-    if source.exists():
-        table = read_table(source).set_index('id').fold.astype(int)
+    if source.is_file():
+        table = read_folds(source)
+        if path.exists() and not table.sort_index().equals(read_folds(path).sort_index()): raise ConfigError(f'folds_file: {source} differs from the folds of this experiment ({path}); use another experiment name')
         lost, new = set(table.index) - set(items.id[train]), set(items.id[train]) - set(table.index)
         if lost or new: raise DataError(f'{source} does not fit the data: {len(new)} photos have no fold ({", ".join(sorted(new)[:3])}), {len(lost)} are gone ({", ".join(sorted(lost)[:3])}); '
                                         'use another experiment name, or delete the file to deal the folds anew')

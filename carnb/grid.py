@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_grid', 'grid_cells', 'plan_grid', 'run_cell', 'run_grid']
 
-# %% ../nbs/11_grid.ipynb #6f890a2e
+# %% ../nbs/11_grid.ipynb #5c08e7ba
 import itertools, os, subprocess, sys, time
 import pandas as pd
 from fastcore.basics import AttrDict
@@ -14,7 +14,7 @@ from .data import *
 from .tasks import *
 from .train import *
 
-# %% ../nbs/11_grid.ipynb #fe4d0d27
+# %% ../nbs/11_grid.ipynb #f2f0d5f1
 def check_grid(
     cfg, # parameters
 )->list[str]:
@@ -58,7 +58,7 @@ def plan_grid(
     raise_problems('the grid cannot be run', problems, ConfigError)
     return pd.DataFrame(rows)
 
-# %% ../nbs/11_grid.ipynb #bbd9a56e
+# %% ../nbs/11_grid.ipynb #a6d68747
 def run_cell(
     cell:dict, # parameters of `10_train`
 )->int: # exit code
@@ -80,9 +80,9 @@ def run_grid(
 )->pd.DataFrame: # the plan with its new states
     "Run what is not done; returns the plan"
     plan = plan.copy()
-    for n,i in enumerate(plan.index[plan.state != 'done']):
+    for i in plan.index[plan.state != 'done']:
         row = plan.loc[i]
-        print(f'\ncell {row.cell} of {len(plan)}: {row.arch}, fold {row.fold}, seed {row.seed}', flush=True)
+        print(f'\ncell {row.cell+1} of {len(plan)}: {row.arch}, fold {row.fold}, seed {row.seed}', flush=True)
         t0 = time.perf_counter()
         code = run_cell(cells[row.cell])
         plan.loc[i, 'state'] = 'done' if code == 0 else 'failed'

@@ -6,7 +6,7 @@
 __all__ = ['FITS', 'IMAGENET_STATS', 'canvas', 'median_aspect', 'compose', 'valid_transform', 'train_transform', 'augment',
            'PhotoDataset', 'PhotoDL', 'PhotoLoaders', 'loader_settings', 'make_dls']
 
-# %% ../nbs/03_loaders.ipynb #0c48dbf3
+# %% ../nbs/03_loaders.ipynb #63fecd9a
 from .core import * # before torch: see OMP_WAIT_POLICY there
 import contextlib, hashlib, os, random, warnings
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastai.torch_core import TensorCategory, TensorImage, to_device
 from fastcore.basics import AttrDict
 from .data import *
 
-# %% ../nbs/03_loaders.ipynb #ce3b4a89
+# %% ../nbs/03_loaders.ipynb #95c37d6b
 def canvas(
     img_size, # 160 (area of 160 x 160) or 'h,w' (taken as it is)
     aspect:float=1., # width / height of the canvas when `img_size` is one number
@@ -26,7 +26,9 @@ def canvas(
 )->tuple[int,int]: # (h, w)
     "Height and width of the network's input; never more pixels than `img_size` squared"
     if isinstance(img_size, (tuple, list)): return tuple(map(int, img_size))
-    if isinstance(img_size, str) and ',' in img_size: return tuple(int(o) for o in img_size.split(','))
+    if isinstance(img_size, str) and ',' in img_size:
+        h,w = (int(o) for o in img_size.split(','))
+        return h,w
     s = int(img_size)
     if aspect == 1: return s, s
     sizes = [(h, w) for h in range(multiple, 4*s, multiple) for w in range(multiple, 4*s, multiple) if h*w <= s*s]
@@ -41,7 +43,7 @@ def median_aspect(
     turned = ok.findings.str.contains('rotated')
     return float(np.exp(np.median(np.log(ok.width/ok.height)*np.where(turned, -1, 1))))
 
-# %% ../nbs/03_loaders.ipynb #824a3cd6
+# %% ../nbs/03_loaders.ipynb #6d0dbd62
 FITS = ('stretch', 'pad', 'crop')
 
 def compose(
@@ -125,7 +127,7 @@ def augment(
     tfm.set_random_state(rng, random.Random(int(rng.integers(2**63))))
     return tfm(image=image)['image']
 
-# %% ../nbs/03_loaders.ipynb #37911482
+# %% ../nbs/03_loaders.ipynb #397b4ba8
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 class PhotoDataset(torch.utils.data.Dataset):
@@ -173,7 +175,7 @@ class PhotoDataset(torch.utils.data.Dataset):
         return new
     def new_empty(self): return self.with_items(self.items[:0], self.split_idx)
 
-# %% ../nbs/03_loaders.ipynb #08470545
+# %% ../nbs/03_loaders.ipynb #ec918b27
 class _Fetch(torch.utils.data.Dataset):
     "What a worker holds: asked for ((split, epoch), i), answers with one item"
     def __init__(self, ds): self.ds = ds
@@ -221,14 +223,15 @@ class PhotoDL(TfmdDL):
             b = to_device((TensorImage(x.permute(0, 3, 1, 2)), TensorCategory(y)), self.device)
             yield self.after_batch(b)
         self.start_batch = 0
-        if self.shuffle: self.epoch += 1 # a stock Learner sees new augmentations in each epoch; ours sets `epoch` itself
+        if self.shuffle or self.dataset.split_idx == 0: self.epoch += 1 # a stock Learner sees new augmentations in each pass; ours sets `epoch` itself
         self.after_iter()
     def _raw(self):
         workers = self.fake_l.num_workers
         if not workers: return (_collate([_Fetch(self.dataset)[k] for k in b]) for b in self.plan)
         if self._loader is None or self._loader.num_workers != workers:
             self._loader = torch.utils.data.DataLoader(_Fetch(self.dataset), batch_sampler=_Batches(self), num_workers=workers, collate_fn=_collate,
-                                                       pin_memory=self.pin_memory, persistent_workers=self.persistent, worker_init_fn=_init_worker)
+                                                       pin_memory=self.pin_memory, persistent_workers=self.persistent, worker_init_fn=_init_worker,
+                                                       generator=torch.Generator().manual_seed(self.seed)) # else it draws from torch's global one
         return iter(self._loader)
     def create_batch(self, b): return _to_typed(_collate([(np.asarray(x.permute(1, 2, 0)), int(y)) for x,y in b]))
     def do_item(self, s): return self.dataset[s or 0]
@@ -246,7 +249,7 @@ class PhotoLoaders(DataLoaders):
         elif not with_labels: test_items = test_items[['id', 'path']]
         return self.valid.new(self.valid_ds.with_items(test_items), shuffle=False, drop_last=False, **{k: v for k,v in kwargs.items() if k not in ('rm_type_tfms',)})
 
-# %% ../nbs/03_loaders.ipynb #8a2da25a
+# %% ../nbs/03_loaders.ipynb #05e30b55
 def loader_settings(
     device, # torch device
     num_workers:int|None=None, # None: by device

@@ -6,8 +6,9 @@
 __all__ = ['VIEWS', 'make_views', 'tta', 'inference_batch', 'predict_items', 'predicted', 'predict_run', 'experiment_data',
            'pick_views', 'predict_experiment', 'tiny_predictions', 'view_scores']
 
-# %% ../nbs/12_predict.ipynb #9d632a74
+# %% ../nbs/12_predict.ipynb #4a6c599c
 from .core import * # before torch: see OMP_WAIT_POLICY there
+import zipfile
 import numpy as np, pandas as pd, torch
 from fastcore.basics import AttrDict
 from filelock import FileLock
@@ -20,7 +21,7 @@ from .backbones import *
 from .tasks import *
 from .train import *
 
-# %% ../nbs/12_predict.ipynb #876ca300
+# %% ../nbs/12_predict.ipynb #3a30f9ac
 VIEWS = dict(
     identity=lambda x: x,
     hflip=lambda x: x.flip(-1),
@@ -42,7 +43,7 @@ def make_views(
         res.append(y)
     return res
 
-# %% ../nbs/12_predict.ipynb #3092a074
+# %% ../nbs/12_predict.ipynb #62e76db9
 @torch.inference_mode()
 def tta(
     model, # an nn.Module, or a fastai Learner
@@ -54,7 +55,7 @@ def tta(
     "Logits of every view; each batch is taken from the loader once"
     unknown = [v for v in views if v not in VIEWS]
     if unknown: raise ConfigError(f'views: {", ".join(unknown)}; expected some of {", ".join(VIEWS)}')
-    model = getattr(model, 'model', model)
+    if not isinstance(model, torch.nn.Module): model = model.model # a Learner
     was, out = model.training, []
     model.eval()
     try:
@@ -70,7 +71,7 @@ def tta(
     finally: model.train(was)
     return torch.cat(out, 1).numpy()
 
-# %% ../nbs/12_predict.ipynb #7d6a421c
+# %% ../nbs/12_predict.ipynb #b24fd4a4
 def inference_batch(
     size, # (h, w)
 )->int:
@@ -95,16 +96,19 @@ def predict_items(
     dl = PhotoDL(ds, bs=batch_size or inference_batch(size), after_batch=[IntToFloatTensor(), Normalize.from_stats(*model_stats(cfg.timm_arch), cuda=False)], device=device,
                  **loader_settings(device, num_workers))
     loss = make_loss(cfg.loss, len(cfg.classes), **{k: cfg[k] for k in loss_parameters(cfg.loss) if cfg.get(k) is not None})
-    return tta(model, tqdm(dl, desc=f'{cfg.arch} fold {cfg.fold}', unit='batch', leave=False, mininterval=.5), views, size_multiple(cfg.timm_arch) > 16 or is_transformer(cfg.timm_arch), loss.log_probs)
+    return tta(model, tqdm(dl, desc=f'{cfg.arch} fold {cfg.fold}', unit='batch', leave=False, mininterval=.5), views, fixed_size(cfg.timm_arch) or is_transformer(cfg.timm_arch), loss.log_probs)
 
 def predicted(
     path, # `oof_tta.npz` or `test.npz`
     views, # wanted
+    ids, # wanted
     weights, # file that the predictions were made with
 )->bool:
-    "Is the file there, with these views, and newer than the weights?"
-    try: return load_npz(path).views.tolist() == list(views) and path.stat().st_mtime >= weights.stat().st_mtime
-    except OSError: return False
+    "Is the file there, whole, with these views of these photos, and newer than the weights?"
+    try:
+        with np.load(path, allow_pickle=False) as z: same = z['views'].tolist() == list(views) and z['ids'].tolist() == list(ids)
+        return same and path.stat().st_mtime >= weights.stat().st_mtime
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile): return False
 
 def predict_run(
     run:Run, # finished
@@ -117,7 +121,7 @@ def predict_run(
     "Write `oof_tta.npz` and `test.npz` of a run"
     fold, weights = run.config.fold, run/'weights.safetensors'
     parts = {'oof_tta.npz': comp.train[comp.train.fold == fold], 'test.npz': comp.test}
-    todo = {f: t for f,t in parts.items() if len(t) and not predicted(run/f, views, weights)}
+    todo = {f: t for f,t in parts.items() if len(t) and not predicted(run/f, views, t.id, weights)}
     if not todo: return False
     model, cfg = load_model(run, device)
     if list(cfg.classes) != list(comp.classes): raise DataError(f'{run.name}: trained on other classes than the data has now ({len(cfg.classes)} and {len(comp.classes)})')
@@ -128,7 +132,7 @@ def predict_run(
         save_npz(run/f, **arrays)
     return True
 
-# %% ../nbs/12_predict.ipynb #8425e51d
+# %% ../nbs/12_predict.ipynb #39262956
 def experiment_data(
     experiment:str, # name below `runs/`
     task:str|None=None, # None: as the runs say
@@ -171,10 +175,10 @@ def predict_experiment(
 def tiny_predictions()->str: # name of the experiment
     "`tiny_experiment` with predictions, made once"
     name = tiny_experiment()
-    with FileLock(runs_dir()/name/'.predict.lock'): predict_experiment(name, device='cpu', num_workers=0)
+    with FileLock(runs_dir()/'.cache/tiny_predictions.lock'): predict_experiment(name, device='cpu', num_workers=0)
     return name
 
-# %% ../nbs/12_predict.ipynb #3b007447
+# %% ../nbs/12_predict.ipynb #d9f615fe
 def view_scores(
     runs:list[Run], # with `oof_tta.npz`
     metric:str='log_loss', # scored metric

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPE', 'DEMO_RECIPE', 'TASKS', 'Task', 'get_task', 'read_data']
 
-# %% ../nbs/09_tasks.ipynb #a5b1cfdf
+# %% ../nbs/09_tasks.ipynb #fe719a44
 from dataclasses import dataclass, field
 from typing import Callable
 from fastcore.basics import AttrDict
@@ -14,7 +14,7 @@ from .data import *
 from .demo import make_demo
 from .metrics import METRICS
 
-# %% ../nbs/09_tasks.ipynb #a7f44bb3
+# %% ../nbs/09_tasks.ipynb #cfa0e6a4
 @dataclass(frozen=True)
 class Task:
     "A competition as data"
@@ -30,7 +30,7 @@ class Task:
     @property
     def scored(self): return METRICS[self.metric]
 
-# %% ../nbs/09_tasks.ipynb #7e6e8425
+# %% ../nbs/09_tasks.ipynb #c5dc0ff2
 RECIPE = dict(epochs=11, label_smoothing=0.05, schedule='cosine', warmup=0.02, ema=0.99, head_lr_mult=1., pooling='native', precision='auto', grad_clip=0.)
 
 DEMO_RECIPE = dict(img_size=124, batch_size=16, epochs=8, lr=2e-3) # for models without a preset on the drawn photos: minutes on two cores
@@ -46,7 +46,7 @@ def get_task(
     if name not in TASKS: raise ConfigError(f'task: {name!r} is unknown{did_you_mean(name, TASKS)}; there is {", ".join(TASKS)}')
     return TASKS[name]
 
-# %% ../nbs/09_tasks.ipynb #e5a84c37
+# %% ../nbs/09_tasks.ipynb #4cd7dfbe
 def read_data(
     task:Task, # the record
     data_dir=None, # the competition's folder; None: the demo
@@ -59,11 +59,12 @@ def read_data(
     checked = check_photos(comp.data_dir, comp.items.path, progress=progress)
     found = findings_table(checked)
     errors = found[found.severity == 'error']
-    raise_problems(f'{len(errors)} photos of {data_dir} cannot be used; repair or remove them',
+    raise_problems(f'{len(errors)} photos of {data_dir} cannot be used; repair them (or remove them, test photos also from test.csv and the template)',
                    [f'{p}: {w}{f" ({m})" if m else ""}' for p,w,m in zip(errors.path, errors.what, errors.message)], DataError)
     cut = set(found.path[found.finding == 'truncated']) & set(comp.train.path)
     if cut:
         comp.notes.append(f'{len(cut)} truncated training photos left out: {", ".join(sorted(cut)[:3])}')
         comp.items.drop(index=comp.items.index[comp.items.path.isin(cut)], inplace=True)
         comp.items.reset_index(drop=True, inplace=True)
+        raise_problems('classes of which every photo is truncated; repair some', [c for c in comp.classes if c not in set(comp.train.label)], DataError)
     return comp, checked
