@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FITS', 'IMAGENET_STATS', 'canvas', 'median_aspect', 'compose', 'valid_transform', 'train_transform', 'augment',
-           'PhotoDataset', 'PhotoDL', 'PhotoLoaders', 'loader_settings', 'make_dls']
+           'PhotoDataset', 'PhotoDL', 'PhotoLoaders', 'loader_settings', 'decode_size', 'make_dls']
 
-# %% ../nbs/03_loaders.ipynb #63fecd9a
+# %% ../nbs/03_loaders.ipynb #5439f892
 from .core import * # before torch: see OMP_WAIT_POLICY there
 import contextlib, hashlib, os, random, warnings
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastai.torch_core import TensorCategory, TensorImage, to_device
 from fastcore.basics import AttrDict
 from .data import *
 
-# %% ../nbs/03_loaders.ipynb #95c37d6b
+# %% ../nbs/03_loaders.ipynb #db324126
 def canvas(
     img_size, # 160 (area of 160 x 160) or 'h,w' (taken as it is)
     aspect:float=1., # width / height of the canvas when `img_size` is one number
@@ -43,7 +43,7 @@ def median_aspect(
     turned = ok.findings.str.contains('rotated')
     return float(np.exp(np.median(np.log(ok.width/ok.height)*np.where(turned, -1, 1))))
 
-# %% ../nbs/03_loaders.ipynb #6d0dbd62
+# %% ../nbs/03_loaders.ipynb #65359c7c
 FITS = ('stretch', 'pad', 'crop')
 
 def compose(
@@ -127,7 +127,7 @@ def augment(
     tfm.set_random_state(rng, random.Random(int(rng.integers(2**63))))
     return tfm(image=image)['image']
 
-# %% ../nbs/03_loaders.ipynb #397b4ba8
+# %% ../nbs/03_loaders.ipynb #b53d57b8
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 class PhotoDataset(torch.utils.data.Dataset):
@@ -175,7 +175,7 @@ class PhotoDataset(torch.utils.data.Dataset):
         return new
     def new_empty(self): return self.with_items(self.items[:0], self.split_idx)
 
-# %% ../nbs/03_loaders.ipynb #ec918b27
+# %% ../nbs/03_loaders.ipynb #46bc05f8
 class _Fetch(torch.utils.data.Dataset):
     "What a worker holds: asked for ((split, epoch), i), answers with one item"
     def __init__(self, ds): self.ds = ds
@@ -249,7 +249,7 @@ class PhotoLoaders(DataLoaders):
         elif not with_labels: test_items = test_items[['id', 'path']]
         return self.valid.new(self.valid_ds.with_items(test_items), shuffle=False, drop_last=False, **{k: v for k,v in kwargs.items() if k not in ('rm_type_tfms',)})
 
-# %% ../nbs/03_loaders.ipynb #05e30b55
+# %% ../nbs/03_loaders.ipynb #40a44dda
 def loader_settings(
     device, # torch device
     num_workers:int|None=None, # None: by device
@@ -259,6 +259,13 @@ def loader_settings(
     auto = dict(cuda=min(8, max(2, cpus-1)), mps=0).get(kind, 2 if cpus > 2 else 0)
     n = auto if num_workers is None else num_workers
     return AttrDict(num_workers=n, pin_memory=kind == 'cuda', persistent_workers=n > 0)
+
+def decode_size(
+    size, # (h, w) of the canvas
+    min_scale:float=.5, # smallest part of the photo's area that a crop keeps
+)->tuple[int,int]:
+    "What decoding must keep so that no crop is enlarged; prediction uses the same, so its first view is what validation saw"
+    return tuple(int(np.ceil(s/np.sqrt(min_scale))) for s in size)
 
 def make_dls(
     train:pd.DataFrame, # items to learn from
@@ -280,8 +287,7 @@ def make_dls(
     "Training and validation loaders on `device`"
     aug = dict(augmentation or {})
     tfms = train_transform(size, fit, **aug), valid_transform(size, fit)
-    keep = 1/np.sqrt(aug.get('min_scale', .5))
-    need = tuple(int(np.ceil(s*keep)) for s in size)
+    need = decode_size(size, aug.get('min_scale', .5))
     sets = [PhotoDataset(t, data_dir, classes, tfms, i, seed=seed, min_size=need) for i,t in enumerate((train, valid))]
     set_ = loader_settings(device, num_workers)
     after = lambda: [IntToFloatTensor(), Normalize.from_stats(*stats, cuda=False)]

@@ -6,7 +6,7 @@
 __all__ = ['VIEWS', 'make_views', 'tta', 'inference_batch', 'predict_items', 'predicted', 'predict_run', 'experiment_data',
            'pick_views', 'predict_experiment', 'tiny_predictions', 'view_scores']
 
-# %% ../nbs/12_predict.ipynb #4a6c599c
+# %% ../nbs/12_predict.ipynb #a42a5cf7
 from .core import * # before torch: see OMP_WAIT_POLICY there
 import zipfile
 import numpy as np, pandas as pd, torch
@@ -21,7 +21,7 @@ from .backbones import *
 from .tasks import *
 from .train import *
 
-# %% ../nbs/12_predict.ipynb #3a30f9ac
+# %% ../nbs/12_predict.ipynb #beec08f6
 VIEWS = dict(
     identity=lambda x: x,
     hflip=lambda x: x.flip(-1),
@@ -43,7 +43,7 @@ def make_views(
         res.append(y)
     return res
 
-# %% ../nbs/12_predict.ipynb #62e76db9
+# %% ../nbs/12_predict.ipynb #e306c776
 @torch.inference_mode()
 def tta(
     model, # an nn.Module, or a fastai Learner
@@ -71,7 +71,7 @@ def tta(
     finally: model.train(was)
     return torch.cat(out, 1).numpy()
 
-# %% ../nbs/12_predict.ipynb #b24fd4a4
+# %% ../nbs/12_predict.ipynb #84ff5e4b
 def inference_batch(
     size, # (h, w)
 )->int:
@@ -91,7 +91,7 @@ def predict_items(
 )->np.ndarray: # (views, n, C)
     "Logits of `items` under every view"
     size = tuple(cfg.size)
-    ds = PhotoDataset(items[['id', 'path']], comp.data_dir, cfg.classes, (None, valid_transform(size, cfg.fit)), min_size=size)
+    ds = PhotoDataset(items[['id', 'path']], comp.data_dir, cfg.classes, (None, valid_transform(size, cfg.fit)), min_size=decode_size(size, cfg.get('augmentation', {}).get('min_scale', .5)))
     from fastai.data.transforms import IntToFloatTensor, Normalize
     dl = PhotoDL(ds, bs=batch_size or inference_batch(size), after_batch=[IntToFloatTensor(), Normalize.from_stats(*model_stats(cfg.timm_arch), cuda=False)], device=device,
                  **loader_settings(device, num_workers))
@@ -132,7 +132,7 @@ def predict_run(
         save_npz(run/f, **arrays)
     return True
 
-# %% ../nbs/12_predict.ipynb #39262956
+# %% ../nbs/12_predict.ipynb #334bfdea
 def experiment_data(
     experiment:str, # name below `runs/`
     task:str|None=None, # None: as the runs say
@@ -178,7 +178,7 @@ def tiny_predictions()->str: # name of the experiment
     with FileLock(runs_dir()/'.cache/tiny_predictions.lock'): predict_experiment(name, device='cpu', num_workers=0)
     return name
 
-# %% ../nbs/12_predict.ipynb #d9f615fe
+# %% ../nbs/12_predict.ipynb #4d793ca1
 def view_scores(
     runs:list[Run], # with `oof_tta.npz`
     metric:str='log_loss', # scored metric
