@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['OURS', 'DEMO', 'parse_args', 'stage_help', 'main_help', 'run_stage', 'new', 'demo', 'main']
 
-# %% ../nbs/17_cli.ipynb #041f83b4
+# %% ../nbs/17_cli.ipynb #da5d015d
 import os, signal, sys, time
 from pathlib import Path
 import yaml
 from .core import *
 
-# %% ../nbs/17_cli.ipynb #399924fa
+# %% ../nbs/17_cli.ipynb #cb4e9739
 def parse_args(
     stage:str, # `train`, `predict`, ...
     args:list[str], # what follows on the command line
@@ -39,7 +39,7 @@ def parse_args(
     raise_problems(f'carnb {stage}: these words cannot be used (carnb {stage} --help lists the parameters)', problems, ConfigError)
     return res
 
-# %% ../nbs/17_cli.ipynb #e9414535
+# %% ../nbs/17_cli.ipynb #e202295c
 def stage_help(
     stage:str, # `train`, `predict`, ...
 )->str:
@@ -56,7 +56,7 @@ def main_help()->str:
                       *(f'  {s:<10} {promise(s)}' for s in list_stages()), '', '  demo       the whole road on a small competition that is drawn', '  new NAME   a folder for a competition of your own', '',
                       'carnb STAGE --help lists the parameters of a stage.'])
 
-# %% ../nbs/17_cli.ipynb #6112b0a3
+# %% ../nbs/17_cli.ipynb #15d59615
 OURS = {c.__name__ for c in (CarnbError, ConfigError, DataError)}
 
 def run_stage(
@@ -85,7 +85,7 @@ def run_stage(
             return 1
     return 0
 
-# %% ../nbs/17_cli.ipynb #7ad12d2c
+# %% ../nbs/17_cli.ipynb #e3a37634
 def new(
     name:str, # folder to make
 )->int: # exit code
@@ -112,7 +112,7 @@ def demo()->int: # exit code
     for f in ('leaderboard.csv', 'ensemble/submission.csv', 'report.html'): print(f'  {os.path.relpath(root/f)}')
     return 0
 
-# %% ../nbs/17_cli.ipynb #7ed55100
+# %% ../nbs/17_cli.ipynb #5745def6
 def _stop(*_): raise KeyboardInterrupt
 
 def main(

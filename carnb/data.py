@@ -8,7 +8,7 @@ __all__ = ['PHOTO_SUFFIXES', 'test_nfd', 'FINDINGS', 'BOMB_PIXELS', 'CHECK_VERSI
            'merge_suggestions', 'Competition', 'read_class_folders', 'check_photo', 'check_photos', 'findings_table',
            'duplicate_pairs', 'group_items', 'make_folds', 'rare_classes', 'leak_report', 'read_folds', 'assign_folds']
 
-# %% ../nbs/01_data.ipynb #69297298
+# %% ../nbs/01_data.ipynb #6daa455e
 import csv, hashlib, io, os, unicodedata, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 from .core import *
 
-# %% ../nbs/01_data.ipynb #4a84beb9
+# %% ../nbs/01_data.ipynb #ccb856d9
 PHOTO_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.jfif'}
 Image.MAX_IMAGE_PIXELS = None # size is checked here, with a message of our own
 cv2.setNumThreads(0) # our parallelism is over photos
@@ -68,7 +68,7 @@ def read_image(
     except OSError as e: raise DataError(f'{path}: {e.strerror}') from None
     except DataError as e: raise DataError(f'{path}: {e}') from None
 
-# %% ../nbs/01_data.ipynb #9be50e21
+# %% ../nbs/01_data.ipynb #abb73d99
 def nfc(
     s, # any name
 )->str:
@@ -86,7 +86,7 @@ def list_photos(
 
 test_nfd = unicodedata.normalize('NFD', '나래')
 
-# %% ../nbs/01_data.ipynb #dede3b14
+# %% ../nbs/01_data.ipynb #e6246bb3
 def read_csv_text(
     path, # a CSV in UTF-8 (with or without BOM) or CP949
 )->tuple[str,str]: # text, encoding
@@ -133,7 +133,7 @@ def read_template(
     raise_problems(f'{path} cannot serve as template', problems, DataError)
     return Template(Path(path), ids, head[0], head[1:], enc, '\r\n' if '\r\n' in text else '\n')
 
-# %% ../nbs/01_data.ipynb #9fbde839
+# %% ../nbs/01_data.ipynb #47d47497
 def read_merges(
     merges, # a dict name -> list of names, a YAML file with one, or None
 )->dict: # name -> class
@@ -159,7 +159,7 @@ def merge_suggestions(
     by = pd.Series(list(classes)).groupby([key(c) for c in classes]).agg(tuple)
     return [g for g in by if len(g) > 1]
 
-# %% ../nbs/01_data.ipynb #717e13db
+# %% ../nbs/01_data.ipynb #153cc999
 @dataclass(frozen=True)
 class Competition:
     "A data folder as tables: items, class list, template"
@@ -252,7 +252,7 @@ def _table(train, test):
     raise_problems('the data has ids more than once', twice, DataError)
     return items[['id', 'path', 'label', 'target', 'fold', 'group', 'split']]
 
-# %% ../nbs/01_data.ipynb #3ac3e353
+# %% ../nbs/01_data.ipynb #16e2e40a
 FINDINGS = { # code: (severity, what is done)
     'missing':      ('error', 'file is not there'),
     'empty':        ('error', 'zero bytes'),
@@ -313,7 +313,7 @@ def check_photo(
     for i,c in enumerate('rgb'): row[f'mean_{c}'], row[f'sq_{c}'] = float(px[:,i].mean()), float((px[:,i]**2).mean())
     return done(*codes)
 
-# %% ../nbs/01_data.ipynb #f8c23b04
+# %% ../nbs/01_data.ipynb #408997ed
 def check_photos(
     data_dir, # `paths` are below it
     paths, # files to check
@@ -352,7 +352,7 @@ def findings_table(
     t = pd.DataFrame(rows, columns=['path', 'finding', 'severity', 'what', 'message'])
     return t.sort_values('severity', key=lambda s: s.map(dict(error=0, warning=1, note=2)), kind='stable', ignore_index=True)
 
-# %% ../nbs/01_data.ipynb #5e7984eb
+# %% ../nbs/01_data.ipynb #4bd0014d
 def duplicate_pairs(
     checked:pd.DataFrame, # from `check_photos`
     max_bits:int=8, # differing bits of 64 that are still near
@@ -392,7 +392,7 @@ def group_items(
     names = items.group.groupby(comp).transform('first')
     return names
 
-# %% ../nbs/01_data.ipynb #39734577
+# %% ../nbs/01_data.ipynb #90a8b236
 def make_folds(
     items:pd.DataFrame, # training rows: id, target, group
     n_folds:int=5, # at least 2
@@ -419,7 +419,7 @@ def rare_classes(
     n = items.groupby('target').group.nunique()
     return n[n < n_folds].sort_values()
 
-# %% ../nbs/01_data.ipynb #009673fd
+# %% ../nbs/01_data.ipynb #6240ffca
 def leak_report(
     items:pd.DataFrame, # training rows with folds
     pairs:pd.DataFrame, # from `duplicate_pairs`

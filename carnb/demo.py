@@ -9,7 +9,7 @@ __all__ = ['BODIES', 'HEAD', 'TAIL', 'GRILLE', 'WHEEL', 'CARS', 'LIGHT', 'SKY', 
            'take_photo', 'encode', 'photo_bytes', 'class_counts', 'fingerprint', 'demo_info', 'demo_faults',
            'make_demo']
 
-# %% ../nbs/01a_demo.ipynb #18d69728
+# %% ../nbs/01a_demo.ipynb #244261a8
 import hashlib, io, json, os, shutil, unicodedata, uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from PIL import Image
 from tqdm import tqdm
 
-# %% ../nbs/01a_demo.ipynb #397aeb49
+# %% ../nbs/01a_demo.ipynb #6948099c
 @dataclass(frozen=True)
 class Body:
     "Side outline of a vehicle in metres, and what hangs on it"
@@ -42,7 +42,7 @@ BODIES = dict(
     van  =Body(((.06,.3),(0,.58),(.03,1.18),(.05,1.24),(.2,1.86),(3.35,1.92),(4.25,1.2),(4.75,1.04),(4.92,.64),(4.8,.27)), (1.,3.98), .345, 1.12, (.3,.64), 1.94, .18),
     coupe=Body(((.14,.24),(0,.5),(.06,.92),(.5,.98),(1.4,1.28),(2.3,1.33),(3.2,.97),(4.25,.77),(4.46,.48),(4.32,.2)), (.88,3.58), .345, .93, (.3,), 1.86, .3))
 
-# %% ../nbs/01a_demo.ipynb #5bab93e8
+# %% ../nbs/01a_demo.ipynb #559ef307
 def _disc(a, v, r): return tuple((a+r*np.cos(t), v+1.1*r*np.sin(t)) for t in np.linspace(0, 2*np.pi, 20))
 
 HEAD = dict(slim=((.46,.80),(.97,.96),(.97,.78),(.52,.70)), block=((.56,.60),(.54,.93),(.97,.95),(.97,.64)), round=_disc(.74,.76,.17),
@@ -53,7 +53,7 @@ GRILLE = dict(bars=((-.42,.52),(-.47,.86),(.47,.86),(.42,.52)), wide=((-.46,.70)
               twin=((.05,.52),(.05,.86),(.36,.88),(.40,.72),(.32,.52)), smile=((-.62,.20),(-.50,.50),(.50,.50),(.62,.20)))
 WHEEL = dict(five=(5,.42,0), six=(6,.24,0), ten=(10,.2,0), mesh=(18,.1,.5), turbine=(9,.2,.7), cap=(14,.5,0))
 
-# %% ../nbs/01a_demo.ipynb #bc5c65c2
+# %% ../nbs/01a_demo.ipynb #df6fad02
 @dataclass(frozen=True)
 class Car:
     "Everything that tells one class from the others"
@@ -67,7 +67,7 @@ class Car:
     chrome: bool=False # bright frame around windows and grille
     rails: bool=False # roof rails and dark wheel arches
 
-# %% ../nbs/01a_demo.ipynb #e0ce3394
+# %% ../nbs/01a_demo.ipynb #0d07cb08
 CARS = {unicodedata.normalize('NFC', k): v for k,v in {
     '한솔_나래_2015_2018': Car('sedan', 'slim',  'bars',   'block', 'ten',     'straight', 'straight', chrome=True),
     '미르_새벽_2016_2019': Car('suv',   'block', 'shield', 'tall',  'five',    'rise',     'straight', rails=True),
@@ -88,7 +88,7 @@ def demo_merges():
     for k,car in CARS.items(): names.setdefault(car, []).append(k)
     return {v[0]: v for v in names.values() if len(v)>1}
 
-# %% ../nbs/01a_demo.ipynb #b024ac2b
+# %% ../nbs/01a_demo.ipynb #51a8f888
 def profile(
     body:Body
 ): # `t` (n,) from 0 to 9 and the points (n, 2) of the smooth outline
@@ -99,7 +99,7 @@ def profile(
     k = np.exp(-.5*(np.arange(-5,6)/2.2)**2); k /= k.sum()
     return t, np.stack([np.convolve(c, k, 'valid') for c in np.pad(xy, ((5,5),(0,0)), mode='edge').T], 1)
 
-# %% ../nbs/01a_demo.ipynb #51c14a3f
+# %% ../nbs/01a_demo.ipynb #f44f3b67
 def skin(
     body:Body,
     x,         # metres from the tail
@@ -114,7 +114,7 @@ def skin(
     z = s*body.width/2*(1-.05*np.clip((.66-y)/.5, 0, 1)**2-.27*up**1.35)*(1-.1*end**2)
     return np.stack([x-np.sign(x-length/2)*body.bow*s**2*end, y-.05*s**8*np.clip((y-.5)*3, 0, 1), z], -1)
 
-# %% ../nbs/01a_demo.ipynb #b0cf41ef
+# %% ../nbs/01a_demo.ipynb #f222c715
 @dataclass(frozen=True)
 class Camera:
     "Projects metres to pixels"
@@ -136,7 +136,7 @@ class Camera:
     @property
     def horizon(self): return self.origin[1]-self.scale*(self.height-.6)
 
-# %% ../nbs/01a_demo.ipynb #49b3b644
+# %% ../nbs/01a_demo.ipynb #c223fcea
 LIGHT = np.array([.25,.85,.45])/np.linalg.norm([.25,.85,.45])
 SKY = np.array([205.,218,235])
 
@@ -152,7 +152,7 @@ def shade(
     sky = gloss*(np.clip(n[:,1:2], 0, 1)**1.5+.5*np.exp(-((n[:,1:2]-.06)/.05)**2))
     return np.clip(paint*(.36+.72*np.clip(n@LIGHT, 0, 1))[:,None]*(1-sky)+SKY*sky, 0, 255)
 
-# %% ../nbs/01a_demo.ipynb #3d821809
+# %% ../nbs/01a_demo.ipynb #4da8a9f7
 def _fix(pts): return np.round(np.asarray(pts)*8).astype(np.int32)  # pixels in eighths, for `shift=3`
 
 def fill(img, pts, rgb):
@@ -169,7 +169,7 @@ def dense(pts, n=6, closed=True):
     if not closed: p,q = p[:-1], q[:-1]
     return np.vstack([(p[:,None]*(1-f)+q[:,None]*f).reshape(-1, p.shape[1]), p[:1] if closed else q[-1:]])
 
-# %% ../nbs/01a_demo.ipynb #6e6445ba
+# %% ../nbs/01a_demo.ipynb #58c766bb
 class Drawing:
     "One vehicle on a picture"
     def __init__(self,
@@ -197,7 +197,7 @@ class Drawing:
         lo,hi,t0,t1 = self.ends[end]; a,v = dense(pts).T; y = lo+v*(hi-lo)
         fill(self.img, self.cam(skin(self.body, self.edge(y,t0,t1), y, a)), rgb)
 
-# %% ../nbs/01a_demo.ipynb #ad18f8e2
+# %% ../nbs/01a_demo.ipynb #b0878582
 @patch
 def net(self:Drawing, grid, paint):
     "Paint a net of points (n, m, 3) with the colours `paint` (n-1, m-1, 3)"
@@ -226,7 +226,7 @@ def side(self:Drawing):
     rows = np.clip(np.linspace(y.max(), y.min(), 26)[:,None], low, top)
     self.net(skin(self.body, cols, rows, 1.).transpose(1,0,2), np.broadcast_to(self.paint, (45,25,3)))
 
-# %% ../nbs/01a_demo.ipynb #7bb6b589
+# %% ../nbs/01a_demo.ipynb #e2fd8f3e
 @patch
 def window(self:Drawing):
     "Upper line, from rear to front, and lower line of the side windows"
@@ -264,7 +264,7 @@ def doors(self:Drawing):
     for dy,rgb in ((0,np.clip(self.paint*1.15+18,0,255)),(-.025,self.paint*.6)):
         self.side_line([(.35,b.belt-d0+dy),(b.outline[8][0]-.5,b.belt-d1+dy)], rgb, .022)
 
-# %% ../nbs/01a_demo.ipynb #863afd99
+# %% ../nbs/01a_demo.ipynb #f417751a
 @patch
 def disc(self:Drawing, x, r, rgb, z, n=28):
     "An upright disc of radius `r` around the axle at `x`"
@@ -291,7 +291,7 @@ def arch(self:Drawing, x):
     self.on_side(np.stack([x+c, np.maximum(self.body.radius+s, .1)], 1), (14,14,15))
     if self.car.rails: self.side_line(np.stack([x+c*1.05, self.body.radius+s*1.05], 1)[3:-3], (40,40,42), .06)
 
-# %% ../nbs/01a_demo.ipynb #41d441d3
+# %% ../nbs/01a_demo.ipynb #90e881cb
 def _sides(shape): return [1] if np.min(shape, 0)[0]<0 else [-1,1]  # a shape across the middle is drawn once
 
 @patch
@@ -316,7 +316,7 @@ def corner(self:Drawing, end):
     rgb = [(60,62,66),(205,212,220)] if end=='front' else [(110,10,18),(178,28,34)]
     self.on_side(p, rgb[0]); self.on_side(m+(p-m)*[.85,.75], rgb[1])
 
-# %% ../nbs/01a_demo.ipynb #63ecfeec
+# %% ../nbs/01a_demo.ipynb #5a40179a
 @patch
 def grille(self:Drawing):
     "Grille, air intake and fog lamps"
@@ -338,7 +338,7 @@ def plate(self:Drawing, end):
     self.on_face(end, [(-.27,v),(-.27,v+.13),(.27,v+.13),(.27,v)], (225,226,222))
     for a in (-.22,-.15,-.02,.05,.11,.18): self.on_face(end, [(a,v+.03),(a,v+.1),(a+.035,v+.1),(a+.035,v+.03)], (50,52,60))
 
-# %% ../nbs/01a_demo.ipynb #d5f03f3f
+# %% ../nbs/01a_demo.ipynb #a0c55512
 @patch
 def draw(self:Drawing):
     "The whole vehicle, from far to near"
@@ -360,7 +360,7 @@ def draw(self:Drawing):
         line(self.img, self.cam(skin(b, x, y, .82)+[0,.045,0]), (60,60,62), .045*self.cam.scale)
     return self.img
 
-# %% ../nbs/01a_demo.ipynb #e8794c1e
+# %% ../nbs/01a_demo.ipynb #40e5c148
 def texture(rng, w, h, cell, amount):
     "A soft random pattern (h, w, 1) around 1 whose spots are `cell` pixels wide"
     a = rng.normal(0, amount, (max(2,int(h/cell)), max(2,int(w/cell)))).astype(np.float32)
@@ -379,7 +379,7 @@ def _sky(rng, w, h):
 
 def _range(rng, a, b, n, start=60): return range(int(rng.integers(0,start)), n, int(rng.integers(a,b)))
 
-# %% ../nbs/01a_demo.ipynb #9d4a5894
+# %% ../nbs/01a_demo.ipynb #2cfd7a0a
 def street(rng, w, h, hz):
     "Houses, a kerb and asphalt"
     img,x = np.vstack([_sky(rng,w,hz), _ground(rng,w,h-hz,rng.uniform(92,140)*np.ones(3))]), 0
@@ -408,7 +408,7 @@ def wall(rng, w, h, hz):
     img[e:e+2] *= .6
     return img
 
-# %% ../nbs/01a_demo.ipynb #1dd5cc2c
+# %% ../nbs/01a_demo.ipynb #c6364209
 def field(rng, w, h, hz):
     "Hills, trees and grass or gravel"
     green = np.array([104,128,72])*rng.uniform(.75,1.2)*rng.uniform(.9,1.1,3)
@@ -433,7 +433,7 @@ def garage(rng, w, h, hz):
 
 PLACES = dict(street=street, wall=wall, field=field, garage=garage)
 
-# %% ../nbs/01a_demo.ipynb #d5dc2111
+# %% ../nbs/01a_demo.ipynb #e9db9a75
 PAINTS = np.array([(232,232,230),(190,192,196),(120,124,130),(60,62,66),(24,25,28),(34,58,110),(150,28,34),(88,110,140),(176,160,132),(44,74,58),(214,150,40),(96,44,52)], float)
 SHARES = np.array([18,15,12,9,14,8,7,5,4,3,2,3])/100
 
@@ -456,7 +456,7 @@ def shadow(shape, body, cam, sun):
         m = cv2.GaussianBlur(m[::4,::4], (0,0), max(.6,blur*cam.scale/4)); light *= 1-dark*cv2.resize(m, shape[1::-1])
     return light[...,None]
 
-# %% ../nbs/01a_demo.ipynb #96a6440f
+# %% ../nbs/01a_demo.ipynb #093dccf1
 def expose(rng, img):
     "Gamma, exposure, white balance, haze, vignette, blur and noise"
     h,w = img.shape[:2]; y,x = np.ogrid[-1:1:h*1j,-1:1:w*1j]
@@ -485,7 +485,7 @@ def take_photo(
     img = cv2.resize(img, (w,h), interpolation=cv2.INTER_AREA)
     return expose(rng, img[:,::-1] if rng.random()<.5 else img)
 
-# %% ../nbs/01a_demo.ipynb #4c8371ed
+# %% ../nbs/01a_demo.ipynb #d401860e
 FAULTS = [  # fault, where, of which photo; class 'test' is the test set
     ('truncated', (0,3), None), ('orientation', (1,2), None), ('grey', (2,1), None), ('cmyk', (0,5), None),
     ('duplicate', (0,6), (0,2)), ('duplicate', (1,6), (1,0)), ('duplicate', (3,5), (3,1)), ('duplicate', (4,4), (4,0)),
@@ -496,7 +496,7 @@ FAULT_HELP = dict(truncated='the file ends too early', orientation='stored lying
     duplicate='the same bytes as another photo of its class', reencoded='another photo of its class, saved again', resized='another photo of its class, smaller',
     cropped='another photo of its class, 2 % cut off each edge', conflict='the same bytes as a photo of another class', leak='a test photo that is a train photo, smaller')
 
-# %% ../nbs/01a_demo.ipynb #fb75642e
+# %% ../nbs/01a_demo.ipynb #7ffff95d
 def encode(
     img,            # (h, w, 3) uint8 RGB
     quality=85,     # of the JPEG
@@ -525,7 +525,7 @@ def photo_bytes(
     img,quality = take_photo(name, rng, size), int(rng.integers(60,93))
     return encode(img, quality, fault), name if where[0]=='test' else list(CARS)[where[0]]
 
-# %% ../nbs/01a_demo.ipynb #88161edc
+# %% ../nbs/01a_demo.ipynb #b2dbd162
 def _shares(): w = 10.**-(np.arange(len(CARS))/(len(CARS)-1)); return w/w.sum()
 
 def class_counts(
@@ -536,7 +536,7 @@ def class_counts(
     n = np.maximum(2, (_shares()*n_train).astype(int)); n[0] += n_train-n.sum()
     return dict(zip(CARS, n.tolist()))
 
-# %% ../nbs/01a_demo.ipynb #a49cd9f6
+# %% ../nbs/01a_demo.ipynb #5c230b5c
 VERSION = 1  # goes up when the drawing changes
 
 def fingerprint(
@@ -562,7 +562,7 @@ def demo_faults(
     "The faults hidden in a demo: `file`, `fault`, `of` (the photo it copies), `meaning`"
     return pd.read_csv(Path(path)/'faults.csv', keep_default_na=False)
 
-# %% ../nbs/01a_demo.ipynb #0e419cec
+# %% ../nbs/01a_demo.ipynb #1fcc355b
 def _place(where):
     c,i = where
     return f'test/TEST_{i:03d}.jpg' if c=='test' else f'train/{list(CARS)[c]}/{list(CARS)[c]}_{i:04d}.jpg'
@@ -585,7 +585,7 @@ def _draw_all(root, n_train, n_test, size, seed, progress):
     pd.DataFrame(faults, columns=['file','fault','of','meaning']).to_csv(root/'faults.csv', **csv)
     (root/'merges.yaml').write_text(''.join(f'{k}: {json.dumps(v, ensure_ascii=False)}\n' for k,v in demo_merges().items()), encoding='utf-8')
 
-# %% ../nbs/01a_demo.ipynb #c0c58ba5
+# %% ../nbs/01a_demo.ipynb #4840c263
 def _is_there(path, want, force):
     "Is the wanted demo at `path`? Raises where something lies that must not be replaced"
     if not path.exists() or path.is_dir() and not any(path.iterdir()): return False

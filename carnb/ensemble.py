@@ -11,7 +11,7 @@ __all__ = ['FLOOR', 'MERGES', 'METHODS', 'DEFAULT_METHODS', 'Logits', 'Probs', '
            'given_weights', 'views_hint', 'make_ensemble', 'summarise', 'write_ensemble', 'verdict', 'plot_scores',
            'plot_weights', 'plot_reliability']
 
-# %% ../nbs/13_ensemble.ipynb #a49a0841
+# %% ../nbs/13_ensemble.ipynb #fcbf7ece
 import functools, typing
 from dataclasses import dataclass, field, replace
 import numpy as np, pandas as pd
@@ -22,7 +22,7 @@ from .metrics import *
 from fastcore.basics import AttrDict
 from .tasks import TASKS, get_task
 
-# %% ../nbs/13_ensemble.ipynb #8dcbbcaa
+# %% ../nbs/13_ensemble.ipynb #7af43982
 FLOOR = 1e-15 # no probability is smaller: what log loss clips to
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Probs:
         check_probs(v.reshape(-1, v.shape[-1]))
     def log_probs(self): return np.log(np.maximum(self.values, FLOOR))
 
-# %% ../nbs/13_ensemble.ipynb #39d96c80
+# %% ../nbs/13_ensemble.ipynb #6c46ef9b
 MERGES = ('probs', 'logits', 'geometric')
 
 def merge_views(
@@ -65,7 +65,7 @@ def merge_views(
     if how == 'geometric': return Probs(softmax(scores.log_probs().mean(0)))
     return Probs(functools.reduce(np.add, (np.exp(type(scores)(o).log_probs()) for o in v))/len(v))
 
-# %% ../nbs/13_ensemble.ipynb #0f54428c
+# %% ../nbs/13_ensemble.ipynb #9cb814d6
 def _rows(n, C, step=2**20):
     "Slices of about a million numbers: memory stays flat"
     k = max(1, step//C)
@@ -99,7 +99,7 @@ def fit_temperature(
         if step < 1e-6*beta: break
     return 1/beta
 
-# %% ../nbs/13_ensemble.ipynb #675531c7
+# %% ../nbs/13_ensemble.ipynb #377b6e71
 def _newton(fun, x, tol=1e-10, steps=100):
     "Minimise a convex function over x >= 0; `fun(x, True)` gives value, gradient and Hessian, `fun(x, False)` the value"
     f, g, H = fun(x, True)
@@ -143,7 +143,7 @@ def weights_gap(
     p = np.maximum(np.asarray(probs, dtype='f8'), FLOOR)
     return float((p/(weights@p)).mean(1).max() - 1)
 
-# %% ../nbs/13_ensemble.ipynb #0f4a0e7b
+# %% ../nbs/13_ensemble.ipynb #66236b0f
 def optimise_log_pool(
     log_probs, # (M, n, C) float32
     targets, # (n,) class indices
@@ -165,7 +165,7 @@ def optimise_log_pool(
         return (f/n, g/n, H/n) if all else f/n
     return _newton(fun, np.full(M, 1/M), tol=1e-8)
 
-# %% ../nbs/13_ensemble.ipynb #fb26de2a
+# %% ../nbs/13_ensemble.ipynb #35c36ceb
 def optimise_stack(
     log_probs, # (M, n, C) float32
     targets, # (n,) class indices
@@ -191,7 +191,7 @@ def optimise_stack(
     x = minimize(fun, np.zeros((M+1)*C), jac=True, method='L-BFGS-B', options=dict(maxiter=100, ftol=1e-8)).x
     return a + x[:M*C].reshape(M, C), x[M*C:]
 
-# %% ../nbs/13_ensemble.ipynb #536579dd
+# %% ../nbs/13_ensemble.ipynb #be2f9e0f
 def greedy_selection(
     probs, # (M, n, C)
     targets, # (n,) class indices
@@ -214,7 +214,7 @@ def greedy_selection(
         if stale >= 10: break
     return best[1]
 
-# %% ../nbs/13_ensemble.ipynb #88b22d3b
+# %% ../nbs/13_ensemble.ipynb #49b26d3c
 def search_offsets(
     log_probs, # (n, C)
     targets, # (n,) class indices
@@ -237,7 +237,7 @@ def search_offsets(
         if best == before: break
     return b
 
-# %% ../nbs/13_ensemble.ipynb #d1787e8a
+# %% ../nbs/13_ensemble.ipynb #5f53810f
 @dataclass(frozen=True)
 class Blend:
     "How log-probabilities (M, n, C) of models become those of the ensemble (n, C)"
@@ -269,7 +269,7 @@ class Blend:
         x = temper(self.pool(log_probs), self.temperature)
         return x if self.bias is None else log_softmax(x + self.bias.astype('f4'))
 
-# %% ../nbs/13_ensemble.ipynb #5df0e27e
+# %% ../nbs/13_ensemble.ipynb #900d6853
 def refine_weights(
     probs, # (M, n, C) float32
     targets, # (n,) class indices
@@ -299,7 +299,7 @@ def refine_weights(
     w[w < 1e-4] = 0
     return w/w.sum(), float(np.exp(-x[M]))
 
-# %% ../nbs/13_ensemble.ipynb #c0578588
+# %% ../nbs/13_ensemble.ipynb #629867f2
 METHODS = dict(
     single='one model', given='weights as given', equal='soft vote, equal weights', hard='hard vote', rank='rank average', greedy='greedy selection',
     linear='optimised weights (and their temperature), linear pool', log='optimised weights and temperatures, logarithmic pool',
@@ -352,7 +352,7 @@ def _true(x, targets, T):
     "Probabilities of the true class (n,) of one model, piece by piece"
     return np.concatenate([np.exp(temper(x[r], T)[np.arange(len(x[r])), targets[r]]) for r in _rows(*x.shape)])
 
-# %% ../nbs/13_ensemble.ipynb #208913ae
+# %% ../nbs/13_ensemble.ipynb #24a4fd51
 @dataclass
 class Models:
     "Predictions of several models, lined up by id and class"
@@ -427,7 +427,7 @@ def _read(path, classes=None, views=None, logits=True):
         if 'targets' in a: a.targets = np.argsort(order)[a.targets]
     return a
 
-# %% ../nbs/13_ensemble.ipynb #e70c5cb3
+# %% ../nbs/13_ensemble.ipynb #66d082eb
 def _members(found, members):
     "Names among `found` (name -> runs) that `members` asks for, in order"
     if any(str(m) == 'all' or str(m).startswith('top:') for m in members): return list(found)
@@ -515,7 +515,7 @@ def _line_up_test(found, classes, notes, problems):
         if lost or new: problems.append(f'{r.name}: test photos differ from {r0.name}: {len(lost)} missing ({_listed(lost)}), {len(new)} extra ({_listed(new)})')
     return views, np.array(first.ids), None
 
-# %% ../nbs/13_ensemble.ipynb #ddd6158d
+# %% ../nbs/13_ensemble.ipynb #fcf2150d
 def choose_views(
     probs, # (V, n, C), mean over models
     targets, # (n,) class indices
@@ -535,7 +535,7 @@ def choose_views(
         best, chosen = scores[k], chosen+[rest[k]]
     return chosen
 
-# %% ../nbs/13_ensemble.ipynb #5b8e8443
+# %% ../nbs/13_ensemble.ipynb #7932aa1e
 def outer_parts(
     models:Models,
     seed:int=42, # of the random parts
@@ -619,7 +619,7 @@ def nested_log_probs(models, blends): # (n, C)
     for rows,blend,views in blends: out[rows] = blend(models.oof(views)[:, rows])
     return out
 
-# %% ../nbs/13_ensemble.ipynb #feaa1159
+# %% ../nbs/13_ensemble.ipynb #785fb061
 def combinations_table(
     models:Models,
     tuned:dict, # name -> Scored on the photos they were tuned on
@@ -668,7 +668,7 @@ def score_of_choice(
 
 def chosen_row(table): return table[table.note.str.split('; ').str[0] == 'best'].iloc[0]
 
-# %% ../nbs/13_ensemble.ipynb #ee600e9c
+# %% ../nbs/13_ensemble.ipynb #79a79624
 def read_csv_member(
     path, # a submission: id column, then a column per class or one of labels
     ids, # (n,) test photos
@@ -695,7 +695,7 @@ def read_csv_member(
     if not (np.isfinite(p).all() and p.min() >= 0 and p.sum(1).min() > 0): raise DataError(f'{path}: NaN, negative numbers or empty rows; expected probabilities')
     return (p/p.sum(1, keepdims=True))[t.index.get_indexer(ids)]
 
-# %% ../nbs/13_ensemble.ipynb #fc20d3b9
+# %% ../nbs/13_ensemble.ipynb #2b4f300d
 def check_ensemble(
     cfg, # parameters as given
 )->list[str]:
@@ -738,7 +738,7 @@ def given_weights(
     if not (np.isfinite(w).all() and w.min() >= 0 and w.sum() > 0): raise ConfigError(f'weights: {list(weights)}; expected numbers >= 0, not all 0')
     return w
 
-# %% ../nbs/13_ensemble.ipynb #5f241bf4
+# %% ../nbs/13_ensemble.ipynb #6a8d48dd
 def _views(models, views):
     if views in ('all', 'best'): return dict(all=None, best='best')[views]
     names = [v.strip() for v in views.split(',')]
@@ -854,7 +854,7 @@ def verdict(
     sure = 'clear' if d['low'] > 0 or d['high'] < 0 else 'not certain: the interval contains 0'
     return f'{summary["metric"]}: ensemble ({summary["combination"]}) {s["nested"]:.4f} vs best single ({b["name"]}) {b["score"]:.4f} (difference {d["mean"]:+.4f}, 95 % interval {d["low"]:+.4f} to {d["high"]:+.4f}: {sure})'
 
-# %% ../nbs/13_ensemble.ipynb #3e1483b1
+# %% ../nbs/13_ensemble.ipynb #dcb3626c
 def plot_scores(
     res, # from `make_ensemble`
     limit:int=14, # combinations shown

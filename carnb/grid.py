@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_grid', 'grid_cells', 'plan_grid', 'run_cell', 'run_grid']
 
-# %% ../nbs/11_grid.ipynb #5c08e7ba
+# %% ../nbs/11_grid.ipynb #d2db3a7c
 import itertools, os, subprocess, sys, time
 import pandas as pd
 from fastcore.basics import AttrDict
@@ -14,7 +14,7 @@ from .data import *
 from .tasks import *
 from .train import *
 
-# %% ../nbs/11_grid.ipynb #f2f0d5f1
+# %% ../nbs/11_grid.ipynb #8813c223
 def check_grid(
     cfg, # parameters
 )->list[str]:
@@ -58,7 +58,7 @@ def plan_grid(
     raise_problems('the grid cannot be run', problems, ConfigError)
     return pd.DataFrame(rows)
 
-# %% ../nbs/11_grid.ipynb #a6d68747
+# %% ../nbs/11_grid.ipynb #713457a3
 def run_cell(
     cell:dict, # parameters of `10_train`
 )->int: # exit code

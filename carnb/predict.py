@@ -6,7 +6,7 @@
 __all__ = ['VIEWS', 'make_views', 'tta', 'inference_batch', 'predict_items', 'predicted', 'predict_run', 'experiment_data',
            'pick_views', 'predict_experiment', 'tiny_predictions', 'view_scores']
 
-# %% ../nbs/12_predict.ipynb #315dbef1
+# %% ../nbs/12_predict.ipynb #b9bb7faa
 from .core import * # before torch: see OMP_WAIT_POLICY there
 import zipfile
 import numpy as np, pandas as pd, torch
@@ -21,7 +21,7 @@ from .backbones import *
 from .tasks import *
 from .train import *
 
-# %% ../nbs/12_predict.ipynb #a9dccb0e
+# %% ../nbs/12_predict.ipynb #cfa47289
 VIEWS = dict(
     identity=lambda x: x,
     hflip=lambda x: x.flip(-1),
@@ -43,7 +43,7 @@ def make_views(
         res.append(y)
     return res
 
-# %% ../nbs/12_predict.ipynb #34c7fbda
+# %% ../nbs/12_predict.ipynb #2be30b99
 @torch.inference_mode()
 def tta(
     model, # an nn.Module, or a fastai Learner
@@ -71,7 +71,7 @@ def tta(
     finally: model.train(was)
     return torch.cat(out, 1).numpy()
 
-# %% ../nbs/12_predict.ipynb #aa40fe0c
+# %% ../nbs/12_predict.ipynb #59762d42
 def inference_batch(
     size, # (h, w)
 )->int:
@@ -132,7 +132,7 @@ def predict_run(
         save_npz(run/f, **arrays)
     return True
 
-# %% ../nbs/12_predict.ipynb #bfad10e4
+# %% ../nbs/12_predict.ipynb #c0088e3a
 def experiment_data(
     experiment:str, # name below `runs/`
     task:str|None=None, # None: as the runs say
@@ -178,7 +178,7 @@ def tiny_predictions()->str: # name of the experiment
     with FileLock(runs_dir()/'.cache/tiny_predictions.lock'): predict_experiment(name, device='cpu', num_workers=0)
     return name
 
-# %% ../nbs/12_predict.ipynb #478c7807
+# %% ../nbs/12_predict.ipynb #aaf62e1f
 def view_scores(
     runs:list[Run], # with `oof_tta.npz`
     metric:str='log_loss', # scored metric

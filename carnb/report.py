@@ -6,7 +6,7 @@
 __all__ = ['leaderboard', 'confused_pairs', 'class_table', 'plot_confusion', 'worst_photos', 'show_photos', 'picture',
            'next_step']
 
-# %% ../nbs/16_report.ipynb #3164225b
+# %% ../nbs/16_report.ipynb #2b6659ad
 from .core import *
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
@@ -15,7 +15,7 @@ from .metrics import METRICS, log_losses, softmax
 from .tasks import *
 from .predict import experiment_data, tiny_predictions
 
-# %% ../nbs/16_report.ipynb #23a0620f
+# %% ../nbs/16_report.ipynb #ec65d6eb
 def leaderboard(
     experiment:str, # name below `runs/`
 )->pd.DataFrame: # a row per finished run, best first
@@ -31,7 +31,7 @@ def leaderboard(
     write_csv(runs_dir()/safe_name(experiment)/'leaderboard.csv', t)
     return t
 
-# %% ../nbs/16_report.ipynb #b988d9db
+# %% ../nbs/16_report.ipynb #413695db
 def confused_pairs(
     probs, # (n, C)
     targets, # (n,)
@@ -78,7 +78,7 @@ def plot_confusion(
     if len(keep) <= 16:
         for i,j in zip(*np.nonzero(share > .005)): ax.text(j, i, f'{share[i,j]:.0%}'.rstrip('%'), ha='center', va='center', fontsize=6, color='w' if share[i,j] > .5 else 'k')
 
-# %% ../nbs/16_report.ipynb #4275e08c
+# %% ../nbs/16_report.ipynb #86857de7
 def worst_photos(
     ids, # (n,)
     probs, # (n, C)
@@ -107,7 +107,7 @@ def show_photos(
         ax.imshow(read_image(comp.data_dir/path[r.id], min_size=(160, 240)))
         ax.set_title(f'{r.true}\nsaid: {r.said} ({r.said_prob:.0%})', fontsize=7, color='C3' if r.true != r.said else 'k')
 
-# %% ../nbs/16_report.ipynb #57a2c9ed
+# %% ../nbs/16_report.ipynb #6792b1c6
 def picture(
     experiment:str, # with an ensemble
     path, # PNG to write
@@ -134,7 +134,7 @@ def picture(
     fig.savefig(path, dpi=90)
     plt.close(fig)
 
-# %% ../nbs/16_report.ipynb #75b1f028
+# %% ../nbs/16_report.ipynb #a74afc4d
 def next_step(
     board:pd.DataFrame, # from `leaderboard`
     n_folds:int, # folds of the experiment

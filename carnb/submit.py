@@ -8,7 +8,7 @@ __all__ = ['MERGE_WRITES', 'GATE', 'LOG_COLUMNS', 'submission_bytes', 'Finding',
            'record_submission', 'check_submit', 'write_submission', 'find_competition', 'config_difference',
            'make_submission', 'plot_submission']
 
-# %% ../nbs/14_submit.ipynb #78b7a3bb
+# %% ../nbs/14_submit.ipynb #de71160e
 import csv, gzip, hashlib, io, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from .ensemble import task_of
 from .metrics import METRICS
 from .tasks import TASKS, get_task
 
-# %% ../nbs/14_submit.ipynb #12bf9330
+# %% ../nbs/14_submit.ipynb #91c56cdb
 MERGE_WRITES = ('split', 'first', 'copy')
 
 def submission_bytes(
@@ -66,7 +66,7 @@ def submission_bytes(
     w.writerows(lines)
     return out.getvalue().encode(template.encoding)
 
-# %% ../nbs/14_submit.ipynb #3354d479
+# %% ../nbs/14_submit.ipynb #0526c853
 @dataclass(frozen=True)
 class Finding:
     "One fault of a submission"
@@ -99,7 +99,7 @@ def _compare(got, want, what, add):
         k = next(i for i,(a,b) in enumerate(zip(got, want)) if a != b)
         add(f'{what}_order', f'{what} in another order than the template: place {k+1} is {got[k]}, expected {want[k]}')
 
-# %% ../nbs/14_submit.ipynb #6ac5d987
+# %% ../nbs/14_submit.ipynb #d8ff522d
 def check_submission(
     source, # path or bytes of the file
     template:Template, # what it must look like
@@ -203,7 +203,7 @@ def _check_labels(labels, classes, add):
     elif wrong: add('label_unknown', f'{len(wrong)} labels are no class: {_some(wrong)}; expected some of {_some(sorted(known), 5)}')
     if len(set(labels)) == 1 and len(labels) > 1: add('label_constant', f'every photo is {labels[0]!r}')
 
-# %% ../nbs/14_submit.ipynb #097cc5ae
+# %% ../nbs/14_submit.ipynb #faf24625
 def read_submission(
     raw:bytes, # a submission file
 )->tuple[np.ndarray, np.ndarray]: # ids sorted (n,), values (n, columns) floats, or (n,) labels
@@ -241,7 +241,7 @@ def correlation(
     if va.shape != vb.shape: return 0.
     return float((va == vb).mean() if va.ndim == 1 else np.corrcoef(va.ravel(), vb.ravel())[0, 1])
 
-# %% ../nbs/14_submit.ipynb #9af4cd79
+# %% ../nbs/14_submit.ipynb #3ec046e4
 def prior_shift(
     test_probs, # (n, C)
     oof_probs, # (m, C)
@@ -251,7 +251,7 @@ def prior_shift(
     chance = .5*np.sqrt(2/np.pi*q*(1-q)*(1/len(test_probs)+1/len(oof_probs))).sum()
     return float(np.abs(p-q).sum()/2), float(.1+2*chance)
 
-# %% ../nbs/14_submit.ipynb #6272b741
+# %% ../nbs/14_submit.ipynb #05a0270c
 LOG_COLUMNS = ['number', 'time', 'experiment', 'file', 'sha256', 'note', 'method', 'members', 'views', 'git', 'difference', 'metric', 'train_score', 'train_loss', 'oof_score', 'oof_loss', 'nested_score',
                'public_score', 'public_accuracy', 'private_score', 'private_accuracy', 'lesson']
 
@@ -300,7 +300,7 @@ def record_submission(
         write_csv(runs_dir()/'submissions.csv', log)
     return number, True
 
-# %% ../nbs/14_submit.ipynb #21cb70ef
+# %% ../nbs/14_submit.ipynb #1aaa73c7
 def check_submit(
     cfg, # parameters as given
 )->list[str]:
@@ -338,7 +338,7 @@ def write_submission(
         raise_problems(f'the submission was not written{old}', [f'{f.code}: {f.message}' for f in stop] + (['accept by name what you know to be right: -p allow NAME'] if stop else []), DataError)
     return raw, found
 
-# %% ../nbs/14_submit.ipynb #fcf1359c
+# %% ../nbs/14_submit.ipynb #60d37b97
 def find_competition(
     experiment:str, # name below `runs/`
     task=None, # None: as the runs say
@@ -413,7 +413,7 @@ def _difference_to_best(summary):
     best = log.number[score.idxmin() if METRICS[summary['metric']].lower_is_better else score.idxmax()]
     return f'from number {best}: ' + (config_difference(summary, read_json(_archive(best, 'json'))) or 'same configuration')
 
-# %% ../nbs/14_submit.ipynb #69bb8161
+# %% ../nbs/14_submit.ipynb #27776e18
 def plot_submission(
     res, # from `make_submission`
     limit:int=20, # classes shown, those that differ most

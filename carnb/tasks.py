@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPE', 'DEMO_RECIPE', 'TASKS', 'Task', 'get_task', 'read_data']
 
-# %% ../nbs/09_tasks.ipynb #fe719a44
+# %% ../nbs/09_tasks.ipynb #7d023274
 from dataclasses import dataclass, field
 from typing import Callable
 from fastcore.basics import AttrDict
@@ -14,7 +14,7 @@ from .data import *
 from .demo import make_demo
 from .metrics import METRICS
 
-# %% ../nbs/09_tasks.ipynb #cfa0e6a4
+# %% ../nbs/09_tasks.ipynb #ac69487e
 @dataclass(frozen=True)
 class Task:
     "A competition as data"
@@ -30,7 +30,7 @@ class Task:
     @property
     def scored(self): return METRICS[self.metric]
 
-# %% ../nbs/09_tasks.ipynb #c5dc0ff2
+# %% ../nbs/09_tasks.ipynb #edbd5bb8
 RECIPE = dict(epochs=11, label_smoothing=0.05, schedule='cosine', warmup=0.02, ema=0.99, head_lr_mult=1., pooling='native', precision='auto', grad_clip=0.)
 
 DEMO_RECIPE = dict(img_size=124, batch_size=16, epochs=8, lr=2e-3) # for models without a preset on the drawn photos: minutes on two cores
@@ -46,7 +46,7 @@ def get_task(
     if name not in TASKS: raise ConfigError(f'task: {name!r} is unknown{did_you_mean(name, TASKS)}; there is {", ".join(TASKS)}')
     return TASKS[name]
 
-# %% ../nbs/09_tasks.ipynb #4cd7dfbe
+# %% ../nbs/09_tasks.ipynb #f1471064
 def read_data(
     task:Task, # the record
     data_dir=None, # the competition's folder; None: the demo

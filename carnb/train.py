@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'PRECISIONS', 'check_train', 'resolve', 'schedule_factor
            'StopAfter', 'Progress', 'peak_memory', 'History', 'save_weights', 'pick_precision', 'build_learner',
            'fit_run', 'prepare', 'start_run', 'train_run', 'load_model', 'tiny_experiment', 'plot_history']
 
-# %% ../nbs/10_train.ipynb #2feb0519
+# %% ../nbs/10_train.ipynb #0e29eecc
 from .core import * # before torch: see OMP_WAIT_POLICY there
 import contextlib, json, math, resource, sys, time
 from pathlib import Path
@@ -29,7 +29,7 @@ from .backbones import *
 from .pooling import POOLINGS, pooling_p
 from .tasks import *
 
-# %% ../nbs/10_train.ipynb #b0fc4bb7
+# %% ../nbs/10_train.ipynb #820257e6
 SCHEDULES = ('cosine', 'one_cycle', 'flat_cosine', 'warm_restarts', 'step', 'constant')
 PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
 
@@ -91,7 +91,7 @@ def resolve(
     raise_problems('these parameters cannot be used', [p for p in [size_problem(preset.arch, cfg.size)] if p], ConfigError)
     return cfg
 
-# %% ../nbs/10_train.ipynb #0d4ad768
+# %% ../nbs/10_train.ipynb #7c478797
 def schedule_factor(
     name:str, # a name in SCHEDULES
     step:int, # 0 to total - 1
@@ -117,7 +117,7 @@ def schedule_factor(
         return cos(at/length)
     return 1.
 
-# %% ../nbs/10_train.ipynb #3e4cb9d4
+# %% ../nbs/10_train.ipynb #6990c378
 def is_fit(learn)->bool:
     "Is this a training, and not fastai's `lr_find` or `get_preds`?"
     return not hasattr(learn, 'lr_finder') and not hasattr(learn, 'gather_preds')
@@ -176,7 +176,7 @@ class Progress(Callback):
         if self.training: self.bar.update()
     def after_fit(self): self.bar.close()
 
-# %% ../nbs/10_train.ipynb #2f9e60bc
+# %% ../nbs/10_train.ipynb #5eee7584
 def peak_memory(device)->float: # GB
     "Largest memory in use so far: of the device on CUDA, of the process elsewhere"
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/1e9
@@ -238,7 +238,7 @@ def save_weights(
     state = {k: v.detach().cpu().contiguous().clone() for k,v in model.state_dict().items()}
     with atomic_path(path) as tmp: save_file(state, tmp, {k: str(v) for k,v in about.items()})
 
-# %% ../nbs/10_train.ipynb #b3c9fb59
+# %% ../nbs/10_train.ipynb #60f6b751
 def pick_precision(
     precision:str, # auto, fp32, bf16 or fp16
     device, # torch device
@@ -292,7 +292,7 @@ def fit_run(
     write_json(run/'metrics.json', metrics)
     return metrics
 
-# %% ../nbs/10_train.ipynb #2a293ec9
+# %% ../nbs/10_train.ipynb #84ab356d
 def prepare(
     cfg, # checked parameters
     progress:bool=True, # show bars
@@ -338,7 +338,7 @@ def load_model(
     model.load_state_dict(load_file(run/'weights.safetensors'))
     return model.to(device, memory_format=torch.channels_last).eval(), cfg
 
-# %% ../nbs/10_train.ipynb #cadba173
+# %% ../nbs/10_train.ipynb #56796254
 def tiny_experiment()->str: # name of the experiment
     "A finished experiment small enough for tests, below `runs/`"
     name = 'tiny'
@@ -349,7 +349,7 @@ def tiny_experiment()->str: # name of the experiment
                 for fold in (0, 1): train_run(experiment=name, arch=arch, fold=fold, img_size=48, batch_size=16, epochs=1, max_steps=6, pretrained=False, num_workers=0, device='cpu')
     return name
 
-# %% ../nbs/10_train.ipynb #3d69f32e
+# %% ../nbs/10_train.ipynb #d47d0f4a
 def plot_history(
     history:pd.DataFrame, # from `history.csv`
     metric:str, # scored metric
