@@ -9,7 +9,7 @@ __all__ = ['IN_TEST', 'NOT_IN_HASH', 'FILES_IN_HASH', 'CarnbError', 'ConfigError
            'list_stages', 'stage_params', 'file_hash', 'hash8', 'safe_name', 'Run', 'find_runs', 'environment',
            'record_notebook', 'seed_everything', 'item_rng', 'pick_device', 'use_korean_font']
 
-# %% ../nbs/00_core.ipynb #d60a5008
+# %% ../nbs/00_core.ipynb #d25e8819
 import ast, contextlib, difflib, functools, hashlib, importlib.metadata, importlib.util, json, os, platform, random, subprocess, sys, typing, warnings
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # before torch is loaded; see 'Randomness and device'
@@ -17,7 +17,7 @@ warnings.filterwarnings('ignore', message='IProgress not found') # tqdm, where i
 import numpy as np, yaml
 from fastcore.basics import AttrDict
 
-# %% ../nbs/00_core.ipynb #4391f97d
+# %% ../nbs/00_core.ipynb #27277be1
 class CarnbError(Exception):
     "A problem the user can solve: the message says what is wrong and what to do"
     def _render_traceback_(self): return [f'{type(self).__name__}: {self}']
@@ -25,7 +25,7 @@ class CarnbError(Exception):
 class ConfigError(CarnbError): "Settings that are unknown, impossible or contradictory"
 class DataError(CarnbError): "Photos, labels or templates that cannot be used as they are"
 
-# %% ../nbs/00_core.ipynb #e8be3a3e
+# %% ../nbs/00_core.ipynb #dd558dbc
 def raise_problems(
     title:str, # what was being done, the first line of the message
     problems:list[str], # one line each; nothing is raised when empty
@@ -45,7 +45,7 @@ def did_you_mean(
     close = difflib.get_close_matches(str(name), list(dict.fromkeys(map(str, known))), n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(close)}?)" if close else ''
 
-# %% ../nbs/00_core.ipynb #cb15dd71
+# %% ../nbs/00_core.ipynb #a622f1fc
 IN_TEST = bool(os.environ.get('IN_TEST')) # set by nbdev_test
 
 def project_root(
@@ -66,7 +66,7 @@ def resolve_path(
     p = Path(path).expanduser()
     return p if p.is_absolute() or p.exists() else project_root()/p
 
-# %% ../nbs/00_core.ipynb #a6c8736c
+# %% ../nbs/00_core.ipynb #241378ca
 _UMASK = os.umask(0); os.umask(_UMASK)
 
 @contextlib.contextmanager
@@ -112,7 +112,7 @@ def load_npz(path)->AttrDict:
     "Arrays of `path` by name"
     with np.load(path, allow_pickle=False) as z: return AttrDict({k: z[k] for k in z.files})
 
-# %% ../nbs/00_core.ipynb #c4875dd9
+# %% ../nbs/00_core.ipynb #4891df90
 def _options(t): return typing.get_args(t) or (t,)
 
 def _try(t, v):
@@ -149,7 +149,7 @@ def coerce(
     words = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', list: 'a list', dict: 'a mapping', type(None): 'None'}
     raise ValueError(f'{value!r} is not {" or ".join(words[t] for t in _options(annotation))}')
 
-# %% ../nbs/00_core.ipynb #a15b649a
+# %% ../nbs/00_core.ipynb #2dc2e53d
 def _injected(ns):
     "Names in the cell that papermill put after the parameters"
     cells = [c for c in ns.get('In', []) if c.startswith('# Parameters\n')]
@@ -176,7 +176,7 @@ def stage_config(
     raise_problems('these parameters cannot be used', problems, ConfigError)
     return cfg
 
-# %% ../nbs/00_core.ipynb #569263da
+# %% ../nbs/00_core.ipynb #af6c3729
 def notebooks_dir()->Path:
     "Where the stage notebooks lie: `nbs/` beside the package, or inside an installed one"
     here = Path(__file__).resolve().parent
@@ -210,7 +210,7 @@ def stage_params(
         res[s.target.id] = AttrDict(type=ast.unparse(s.annotation).replace(' ', ''), default=ast.literal_eval(s.value), doc=doc)
     return res
 
-# %% ../nbs/00_core.ipynb #5bf31a09
+# %% ../nbs/00_core.ipynb #f89ab6e8
 NOT_IN_HASH = {'experiment', 'data_dir', 'fold', 'device', 'num_workers', 'tracking', 'folds_file', 'keep_checkpoints', 'cache_dir', 'memory_budget', 'resume', 'checkpoint_minutes', 'weight'}
 
 FILES_IN_HASH = {'pretrained', 'merges'}
@@ -233,7 +233,7 @@ def safe_name(
     "`name` with everything that a file system minds replaced"
     return ''.join(c if c.isalnum() or c in '._-' else '_' for c in name).strip('.')
 
-# %% ../nbs/00_core.ipynb #05da5614
+# %% ../nbs/00_core.ipynb #b8eea757
 class Run:
     "One run's folder; `metrics.json`, written last, is the done marker"
     def __init__(self,
@@ -271,7 +271,7 @@ def find_runs(
     root = runs_dir()/safe_name(experiment)
     return [r for p in sorted(root.glob('*/fold*')) if (r := Run(p)) and (r.done or not done)]
 
-# %% ../nbs/00_core.ipynb #43522f48
+# %% ../nbs/00_core.ipynb #14913660
 @functools.cache
 def environment()->dict:
     "Versions, platform and git state"
@@ -285,7 +285,7 @@ def environment()->dict:
     return dict(python=platform.python_version(), platform=platform.platform(), **{p: version(p) for p in libs},
                 git=git('rev-parse', '--short', 'HEAD'), dirty=bool(git('status', '--porcelain', '-uno')))
 
-# %% ../nbs/00_core.ipynb #349753c7
+# %% ../nbs/00_core.ipynb #53fcc483
 class _Recorder:
     "Collects the outputs of each executed cell and writes them into a copy of the stage's notebook"
     kinds = {'stream', 'display_data', 'execute_result', 'error'}
@@ -358,7 +358,7 @@ def record_notebook(
         _recorder.run = run if isinstance(run, Run) else Run(run)
         _recorder.target,_recorder.html = _recorder.run/f'{stage}.ipynb',html
 
-# %% ../nbs/00_core.ipynb #31268e78
+# %% ../nbs/00_core.ipynb #5b505f06
 def seed_everything(
     seed:int, # 42 by default everywhere
     deterministic:bool=False, # on CUDA: same bits each time, at some speed
@@ -389,7 +389,7 @@ def pick_device(
     if not have.get(kind): raise ConfigError(f'device: {device!r} is not here; there is {", ".join(k for k,v in have.items() if v)} (or auto)')
     return torch.device(device)
 
-# %% ../nbs/00_core.ipynb #6156bf12
+# %% ../nbs/00_core.ipynb #316f1a2b
 def use_korean_font():
     "Let matplotlib draw Hangul, with the NanumGothic that `koreanize-matplotlib` ships"
     import matplotlib as mpl

@@ -6,7 +6,7 @@
 __all__ = ['FITS', 'IMAGENET_STATS', 'canvas', 'median_aspect', 'compose', 'valid_transform', 'train_transform', 'augment',
            'PhotoDataset', 'PhotoDL', 'PhotoLoaders', 'loader_settings', 'decode_size', 'make_dls']
 
-# %% ../nbs/03_loaders.ipynb #2c4c6932
+# %% ../nbs/03_loaders.ipynb #bae413f9
 from .core import * # before torch: see OMP_WAIT_POLICY there
 import contextlib, hashlib, os, random, warnings
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastai.torch_core import TensorCategory, TensorImage, to_device
 from fastcore.basics import AttrDict
 from .data import *
 
-# %% ../nbs/03_loaders.ipynb #66369f8d
+# %% ../nbs/03_loaders.ipynb #44ea6fe2
 def canvas(
     img_size, # 160 (area of 160 x 160) or 'h,w' (taken as it is)
     aspect:float=1., # width / height of the canvas when `img_size` is one number
@@ -43,7 +43,7 @@ def median_aspect(
     turned = ok.findings.str.contains('rotated')
     return float(np.exp(np.median(np.log(ok.width/ok.height)*np.where(turned, -1, 1))))
 
-# %% ../nbs/03_loaders.ipynb #e7a3766f
+# %% ../nbs/03_loaders.ipynb #5f851fc1
 FITS = ('stretch', 'pad', 'crop')
 
 def compose(
@@ -127,7 +127,7 @@ def augment(
     tfm.set_random_state(rng, random.Random(int(rng.integers(2**63))))
     return tfm(image=image)['image']
 
-# %% ../nbs/03_loaders.ipynb #cf61e391
+# %% ../nbs/03_loaders.ipynb #6ed81ad2
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 class PhotoDataset(torch.utils.data.Dataset):
@@ -175,7 +175,7 @@ class PhotoDataset(torch.utils.data.Dataset):
         return new
     def new_empty(self): return self.with_items(self.items[:0], self.split_idx)
 
-# %% ../nbs/03_loaders.ipynb #a80c1bf6
+# %% ../nbs/03_loaders.ipynb #81912bcc
 class _Fetch(torch.utils.data.Dataset):
     "What a worker holds: asked for ((split, epoch), i), answers with one item"
     def __init__(self, ds): self.ds = ds
@@ -249,7 +249,7 @@ class PhotoLoaders(DataLoaders):
         elif not with_labels: test_items = test_items[['id', 'path']]
         return self.valid.new(self.valid_ds.with_items(test_items), shuffle=False, drop_last=False, **{k: v for k,v in kwargs.items() if k not in ('rm_type_tfms',)})
 
-# %% ../nbs/03_loaders.ipynb #53f648e8
+# %% ../nbs/03_loaders.ipynb #633d0900
 def loader_settings(
     device, # torch device
     num_workers:int|None=None, # None: by device
