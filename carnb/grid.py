@@ -44,10 +44,9 @@ def plan_grid(
     cells:list[dict], # from `grid_cells`
 )->pd.DataFrame: # cell, arch, fold, ..., run, state
     "Resolve every cell and look up its state; `ConfigError` names all cells that cannot be"
-    ann = {k: eval(p.type) for k,p in stage_params('train').items()}
-    defaults, rows, problems, data = {k: p.default for k,p in stage_params('train').items()}, [], [], None
+    rows, problems, data = [], [], None
     for i,c in enumerate(cells):
-        try: cfg = stage_config({**defaults, **c, '__annotations__': ann}, check_train)
+        try: cfg = train_config(**c)
         except ConfigError as e:
             problems += [f'cell {i}: {line.strip(" -")}' for line in str(e).splitlines()[1:]]
             continue

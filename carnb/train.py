@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'PRECISIONS', 'check_train', 'resolve', 'schedule_factor', 'is_fit', 'LRSchedule', 'EMA', 'SetEpoch',
            'StopAfter', 'Progress', 'peak_memory', 'History', 'save_weights', 'pick_precision', 'build_learner',
-           'fit_run', 'prepare', 'start_run', 'train_run', 'load_model', 'tiny_experiment', 'plot_history']
+           'fit_run', 'prepare', 'start_run', 'train_config', 'train_run', 'load_model', 'tiny_experiment',
+           'plot_history']
 
 # %% ../nbs/10_train.ipynb #0e29eecc
 from .core import * # before torch: see OMP_WAIT_POLICY there
@@ -57,15 +58,12 @@ def check_train(
         except ValueError as e: p.append(f'img_size: {cfg.img_size!r}; expected a number of px or h,w')
     tried(find_preset, cfg.arch)
     if cfg.optimizer is not None: tried(make_opt_func, cfg.optimizer)
-    if isinstance(cfg.pretrained, str): tried(_weights_exist, cfg.pretrained)
+    if isinstance(cfg.pretrained, str): tried(weights_file, cfg.pretrained)
     if cfg.img_size is not None:
         size = tried(canvas, cfg.img_size)
         if size and min(size) < 32: p.append(f'img_size: {cfg.img_size}; expected at least 32 px a side')
     tried(pick_device, cfg.device)
     return p
-
-def _weights_exist(path):
-    if not resolve_path(path).is_file(): raise ConfigError(f'pretrained: {path} is not there; expected true, false or a .pth / .safetensors file')
 
 def resolve(
     cfg, # checked parameters
@@ -312,16 +310,20 @@ def start_run(cfg, comp, run):
     about = dict(n_train=int((comp.train.fold != cfg.fold).sum()), n_valid=int((comp.train.fold == cfg.fold).sum()), n_test=len(comp.test), fingerprint=comp.fingerprint)
     return run.start({k: v for k,v in cfg.items()}, classes=list(comp.classes), data=about)
 
+def train_config(
+    **settings # parameters of this stage; the rest has its default
+)->AttrDict: # checked
+    "The configuration that the parameters cell would give with these `settings`"
+    known = stage_params('train')
+    raise_problems('these parameters cannot be used', [f'{k}: unknown parameter{did_you_mean(k, known)}' for k in settings if k not in known], ConfigError)
+    ns = {k: p.default for k,p in known.items()} | settings
+    return stage_config({**ns, '__annotations__': {k: eval(p.type) for k,p in known.items()}}, check_train)
+
 def train_run(
     **settings # parameters of this stage; the rest has its default
 )->Run: # finished
     "Train one model on one fold, unless it is done"
-    ns = {k: p.default for k,p in stage_params('train').items()}
-    ann = {k: eval(p.type) for k,p in stage_params('train').items()}
-    unknown = [f'{k}: unknown parameter{did_you_mean(k, ns)}' for k in settings if k not in ns]
-    raise_problems('these parameters cannot be used', unknown, ConfigError)
-    cfg = stage_config({**ns, **settings, '__annotations__': ann}, check_train)
-    task, comp, cfg, run = prepare(cfg, progress=False)
+    task, comp, cfg, run = prepare(train_config(**settings), progress=False)
     if run.done: return run
     learn = build_learner(cfg, comp, run)
     start_run(cfg, comp, run)
