@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BODIES', 'HEAD', 'TAIL', 'GRILLE', 'WHEEL', 'CARS', 'LIGHT', 'SKY', 'PLACES', 'PAINTS', 'SHARES', 'FAULTS',
-           'FAULT_HELP', 'VERSION', 'Body', 'Car', 'demo_merges', 'profile', 'skin', 'Camera', 'shade', 'fill', 'line',
-           'dense', 'Drawing', 'texture', 'gradient', 'street', 'wall', 'field', 'garage', 'aim', 'shadow', 'expose',
-           'take_photo', 'encode', 'photo_bytes', 'class_counts', 'fingerprint', 'demo_info', 'demo_faults',
-           'make_demo']
+           'FAULT_HELP', 'VERSION', 'FACE_PHOTOS', 'Body', 'Car', 'demo_merges', 'profile', 'skin', 'Camera', 'shade',
+           'fill', 'line', 'dense', 'Drawing', 'texture', 'gradient', 'street', 'wall', 'field', 'garage', 'aim',
+           'shadow', 'expose', 'take_photo', 'encode', 'photo_bytes', 'class_counts', 'fingerprint', 'demo_info',
+           'demo_faults', 'make_demo', 'draw_face', 'make_persons']
 
 # %% ../nbs/01a_demo.ipynb #244261a8
 import hashlib, io, json, os, shutil, unicodedata, uuid
@@ -619,3 +619,61 @@ def make_demo(
     finally:
         for o in (tmp, old): shutil.rmtree(o, ignore_errors=True)
     return path
+
+# %% ../nbs/01a_demo.ipynb #f3d2c870
+FACE_PHOTOS = dict(mask1='mask', mask2='mask', mask3='mask', mask4='mask', mask5='mask', incorrect_mask='incorrect', normal='normal')
+
+def draw_face(
+    rng, # NumPy generator: pose, light, colours
+    gender:str, # male or female
+    age:int, # years
+    state:str, # mask, incorrect or normal
+    size=(128, 96), # (h, w) px
+)->np.ndarray: # uint8 (h, w, 3), RGB
+    "A drawn face"
+    h,w = size
+    img = np.full((h, w, 3), rng.integers(120, 220, 3), np.uint8)
+    img = np.clip(img + gradient(w, h, rng.uniform(-20, 20, 3), rng.uniform(-20, 20, 3)), 0, 255).astype(np.uint8)
+    skin = rng.uniform(.75, 1)*np.array([235, 200, 170])
+    hair = np.array([45, 32, 26])*(1-(g := np.clip((age-35)/35, 0, 1))) + 205*g
+    cx, cy, r = w*(.5+rng.uniform(-.05, .05)), h*(.47+rng.uniform(-.04, .04)), h*rng.uniform(.25, .3)
+    def oval(x, y, rx, ry, c, angle=0): cv2.ellipse(img, (int(x), int(y)), (max(1, int(rx)), max(1, int(ry))), angle, 0, 360, tuple(map(int, c)), -1, cv2.LINE_AA)
+    oval(cx, h*1.1, r*1.5, h*.33, rng.integers(20, 200, 3))                          # shoulders
+    if gender == 'female': oval(cx, cy+r*.45, r*1.02, r*1.45, hair)                  # long hair
+    oval(cx, cy-r*.22, r*.86, r*1.02, hair)
+    oval(cx, cy+r*.12, r*.74, r, skin)
+    for s in (-1, 1): oval(cx+s*r*.3, cy, r*.1, r*.06, (30, 30, 30)); oval(cx+s*r*.3, cy-r*.17, r*.15, r*.03, hair)
+    for i in range(max(0, (age-25)//12)): cv2.line(img, (int(cx-r*.4), int(cy-r*(.34+.09*i))), (int(cx+r*.4), int(cy-r*(.34+.09*i))), tuple(map(int, skin*.8)), 1, cv2.LINE_AA)
+    oval(cx, cy+r*.3, r*.07, r*.12, skin*.85)                                        # nose
+    oval(cx, cy+r*.68, r*.22, r*.06, (170, 70, 70))                                  # mouth
+    if state != 'normal':
+        top = .12 if state == 'mask' else .52                                        # worn wrongly: below the nose
+        box = [(cx-r*.66, cy+r*top), (cx+r*.66, cy+r*top), (cx+r*.5, cy+r*1.02), (cx-r*.5, cy+r*1.02)]
+        cv2.fillPoly(img, [np.round(box).astype(np.int32)], tuple(map(int, rng.choice([[230, 235, 240], [120, 170, 215], [40, 40, 45]]))), cv2.LINE_AA)
+    return np.clip(img*rng.uniform(.8, 1.15) + rng.normal(0, 5, img.shape), 0, 255).astype(np.uint8)
+
+def make_persons(
+    where, # folder to write; what is there is drawn anew
+    n:int=24, # persons to learn from
+    n_test:int=12, # photos to predict, each of another person
+    seed:int=0, # same seed, same bytes
+    size=(128, 96), # (h, w) px
+)->Path:
+    "A small face-mask competition: `train/<id>_<gender>_<race>_<age>/…`, `test/`, `sample_submission.csv`, and the answers in `solution.csv`"
+    where, rows = Path(where), []
+    def write(path, img):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(cv2.imencode('.jpg', img[...,::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
+    ages = (19, 28, 29, 30, 44, 57, 58, 59, 60, 71)
+    for k in range(n+n_test):
+        rng = np.random.default_rng([seed, k])
+        gender, age, name = ('male', 'female')[k%2], ages[(k//2)%len(ages)], f'{k+1:06d}'
+        if k < n:
+            for f,state in FACE_PHOTOS.items(): write(where/f'train/{name}_{gender}_Asian_{age}/{f}.jpg', draw_face(rng, gender, age, state, size))
+        else:
+            state = ('mask', 'incorrect', 'normal')[k%3]
+            write(where/f'test/{name}.jpg', draw_face(rng, gender, age, state, size))
+            rows.append((f'{name}.jpg', ('mask', 'incorrect', 'normal').index(state)*6 + ('male', 'female').index(gender)*3 + (age >= 30) + (age >= 60)))
+    (where/'sample_submission.csv').write_text('ImageID,ans\n' + ''.join(f'{i},0\n' for i,_ in rows))
+    (where/'solution.csv').write_text('ImageID,ans\n' + ''.join(f'{i},{a}\n' for i,a in rows))
+    return where

@@ -7,9 +7,9 @@ __all__ = ['FLOOR', 'MERGES', 'METHODS', 'DEFAULT_METHODS', 'Logits', 'Probs', '
            'optimise_weights', 'weights_gap', 'optimise_log_pool', 'optimise_stack', 'greedy_selection',
            'search_offsets', 'Blend', 'refine_weights', 'fit_blend', 'Models', 'load_models', 'choose_views',
            'outer_parts', 'candidates', 'cross_fit', 'Scored', 'score_candidates', 'nested_log_probs',
-           'combinations_table', 'score_of_choice', 'chosen_row', 'read_csv_member', 'check_ensemble', 'task_of',
-           'given_weights', 'views_hint', 'make_ensemble', 'summarise', 'write_ensemble', 'verdict', 'plot_scores',
-           'plot_weights', 'plot_reliability']
+           'combinations_table', 'score_of_choice', 'chosen_row', 'read_csv_member', 'check_ensemble', 'given_weights',
+           'views_hint', 'make_ensemble', 'summarise', 'write_ensemble', 'verdict', 'plot_scores', 'plot_weights',
+           'plot_reliability']
 
 # %% ../nbs/13_ensemble.ipynb #fcbf7ece
 import functools, typing
@@ -20,7 +20,7 @@ from .core import *
 from .data import nfc, read_merges, read_table
 from .metrics import *
 from fastcore.basics import AttrDict
-from .tasks import TASKS, get_task
+from .tasks import get_task, task_of, task_problems
 
 # %% ../nbs/13_ensemble.ipynb #7af43982
 FLOOR = 1e-15 # no probability is smaller: what log loss clips to
@@ -701,7 +701,7 @@ def check_ensemble(
 )->list[str]:
     "What is impossible before a file is read"
     p = []
-    if cfg.task is not None and cfg.task not in TASKS: p.append(f'task: {cfg.task!r}; expected one of {", ".join(TASKS)}{did_you_mean(cfg.task, TASKS)}')
+    p += task_problems(cfg.task)
     for m in cfg.methods:
         if m not in METHODS: p.append(f'methods: {m!r}; expected some of {", ".join(METHODS)}{did_you_mean(m, METHODS)}')
     if cfg.merge not in MERGES: p.append(f'merge: {cfg.merge!r}; expected one of {", ".join(MERGES)}')
@@ -711,17 +711,6 @@ def check_ensemble(
     for m in cfg.members:
         if str(m).startswith('top:') and not (m[4:].isdigit() and int(m[4:])): p.append(f'members: {m!r}; expected top: and a number, such as top:8')
     return p
-
-def task_of(
-    runs, # of one experiment
-    task=None, # what the user said, or None
-)->str:
-    "The task that the runs were trained for"
-    said = {r.config.get('task') for r in runs} - {None}
-    if task is None and len(said) == 1: return said.pop()
-    if task is None: raise ConfigError(f'task: the runs say {", ".join(sorted(said)) or "nothing"}; give -p task')
-    if said - {task}: raise ConfigError(f'task: {task!r}, but the runs were trained for {", ".join(sorted(said))}; leave it out')
-    return task
 
 def given_weights(
     models:Models,

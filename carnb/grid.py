@@ -50,7 +50,7 @@ def plan_grid(
         except ConfigError as e:
             problems += [f'cell {i}: {line.strip(" -")}' for line in str(e).splitlines()[1:]]
             continue
-        if data is None: data = read_data(get_task(cfg.task), cfg.data_dir, cfg.merges)
+        if data is None: data = read_data(get_task(cfg.task), cfg.data_dir, cfg.merges, options=cfg.data_options)
         try: run = Run.for_config(resolve(cfg, get_task(cfg.task), data[1]))
         except ConfigError as e: problems.append(f'cell {i}: {e}')
         else: rows.append(dict(cell=i, **{k: v for k,v in c.items() if k in ('arch', 'fold', 'seed') or k not in ('task', 'data_dir', 'experiment', 'device')}, run=run.name, state=run.state))

@@ -143,7 +143,7 @@ class PhotoDataset(torch.utils.data.Dataset):
         seed:int=42, # of the augmentation
         min_size=None, # (h, w) that decoding must keep
     ):
-        self.items,self.data_dir,self.vocab,self.tfms,self.split_idx,self.seed,self.min_size = items.reset_index(drop=True),Path(data_dir),list(classes),tfms,split_idx,seed,min_size
+        self.items,self.data_dir,self.vocab,self.tfms,self.split_idx,self.label,self.seed,self.min_size = items.reset_index(drop=True),Path(data_dir),list(classes),tfms,split_idx,label,seed,min_size
         at = {c: i for i,c in enumerate(self.vocab)}
         self.labelled = label in items and items[label].notna().all()
         unknown = sorted(set(items[label]) - set(at)) if self.labelled else []
@@ -171,7 +171,7 @@ class PhotoDataset(torch.utils.data.Dataset):
         "The same pipelines over other items"
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
-        PhotoDataset.__init__(new, items, self.data_dir, self.vocab, self.tfms, split_idx, seed=self.seed, min_size=self.min_size)
+        PhotoDataset.__init__(new, items, self.data_dir, self.vocab, self.tfms, split_idx, self.label, self.seed, self.min_size)
         return new
     def new_empty(self): return self.with_items(self.items[:0], self.split_idx)
 
@@ -288,7 +288,8 @@ def make_dls(
     aug = dict(augmentation or {})
     tfms = train_transform(size, fit, **aug), valid_transform(size, fit)
     need = decode_size(size, aug.get('min_scale', .5))
-    sets = [PhotoDataset(t, data_dir, classes, tfms, i, seed=seed, min_size=need) for i,t in enumerate((train, valid))]
+    labels = 'label', 'target' if 'target' in valid else 'label' # learned from, scored
+    sets = [PhotoDataset(t, data_dir, classes, tfms, i, labels[i], seed=seed, min_size=need) for i,t in enumerate((train, valid))]
     set_ = loader_settings(device, num_workers)
     after = lambda: [IntToFloatTensor(), Normalize.from_stats(*stats, cuda=False)]
     kw = dict(device=torch.device(device), seed=seed, **set_)

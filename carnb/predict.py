@@ -139,13 +139,9 @@ def experiment_data(
     data_dir:str|None=None, # None: as the runs say
 ): # task, competition with folds, finished runs
     "What an experiment was trained on; `CarnbError` when nothing is finished"
-    runs = find_runs(experiment)
-    if not runs:
-        there = sorted(p.parent.name for p in runs_dir().glob('*/folds.csv'))
-        raise CarnbError(f'experiment: no finished run in {runs_dir()/safe_name(experiment)}; train first (carnb train -p experiment {experiment} ...){"; there is " + ", ".join(there) if there else ""}')
+    record, comp, runs = open_experiment(experiment, task, data_dir)
+    comp, checked = check_competition(comp)
     c = runs[0].config
-    record = get_task(task or c.task)
-    comp, checked = read_data(record, data_dir or c.data_dir, c.merges)
     assign_folds(comp, checked, runs_dir()/safe_name(experiment)/'folds.csv', c.n_folds, c.split_seed)
     return record, comp, runs
 

@@ -44,7 +44,8 @@ def check_train(
     def within(k, low, high, open_low=False):
         v = cfg[k]
         if v is not None and not (low < v if open_low else low <= v) or v is not None and v > high: p.append(f'{k}: {v}; expected {"more than " if open_low else ""}{low} to {high}')
-    among('task', TASKS); among('schedule', SCHEDULES); among('loss', LOSSES); among('pooling', POOLINGS); among('precision', PRECISIONS); among('fit', FITS); among('head_init', HEAD_INITS)
+    p += task_problems(cfg.task, cfg.data_options)
+    among('schedule', SCHEDULES); among('loss', LOSSES); among('pooling', POOLINGS); among('precision', PRECISIONS); among('fit', FITS); among('head_init', HEAD_INITS)
     within('n_folds', 2, 100); within('epochs', 1, 10_000); within('batch_size', 1, 65_536); within('lr', 0, 100, True); within('weight_decay', 0, 10)
     within('warmup', 0, 1); within('label_smoothing', 0, .999); within('drop_path', 0, .999); within('ema', 0, .99999); within('grad_clip', 0, 1e9); within('max_steps', 1, 10**9)
     within('num_workers', 0, 256); within('head_lr_mult', 0, 1e4, True)
@@ -83,7 +84,7 @@ def resolve(
     if cfg.aspect == 'auto': cfg.aspect = round(median_aspect(checked), 2)
     cfg.size = list(canvas(cfg.img_size, cfg.aspect, size_multiple(preset.arch)))
     if 'label_smoothing' not in loss_parameters(cfg.loss): cfg.label_smoothing = None
-    cfg.metric, cfg.augmentation = task.metric, dict(task.augmentation)
+    cfg.metric, cfg.augmentation, cfg.data_options = task.metric, dict(task.augmentation), task.options | (cfg.data_options or {})
     for k in ('pretrained', 'merges'):
         if isinstance(cfg[k], str): cfg[k] = str(resolve_path(cfg[k]).absolute())
     raise_problems('these parameters cannot be used', [p for p in [size_problem(preset.arch, cfg.size)] if p], ConfigError)
@@ -297,7 +298,7 @@ def prepare(
 ): # task, competition with folds, resolved configuration, run
     "Everything before the first weight is loaded; nothing is written but `folds.csv`"
     task = get_task(cfg.task)
-    comp, checked = read_data(task, cfg.data_dir, cfg.merges, progress)
+    comp, checked = read_data(task, cfg.data_dir, cfg.merges, progress, cfg.data_options)
     cfg = resolve(cfg, task, checked)
     name = safe_name(cfg.experiment)
     (locks := runs_dir()/'.cache').mkdir(parents=True, exist_ok=True)
