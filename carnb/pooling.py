@@ -99,7 +99,7 @@ class GeM(GlobalPool):
         return f"p={p}, eps={self.eps}, signed={self.signed}, " + super().extra_repr()
 
 # %% ../nbs/05_pooling.ipynb #a88abbab
-POOLINGS = ('native', 'avg', 'max', 'avgmax', 'gem')
+POOLINGS = ('native', 'avg', 'max', 'avgmax', 'gem', 'gem_channel')
 
 def _name(model):
     cfg = getattr(model, 'pretrained_cfg', None) or {}
@@ -107,6 +107,7 @@ def _name(model):
 
 def _seat(model):
     "Where the pooling sits: (owner, attribute, settings of the pooling), or a reason (str) why it cannot be replaced"
+    if type(model).__name__ == 'NaFlexVit': return "its tokens come with a mask of what is padding"
     if hasattr(model, 'head_dist'): return "its head reads the class and distillation tokens one by one"
     if isinstance(getattr(model, 'global_pool', None), str) and hasattr(model, 'attn_pool') and hasattr(model, 'num_prefix_tokens'):
         if isinstance(model.attn_pool, GlobalPool) or (model.attn_pool is None and model.global_pool):
@@ -132,9 +133,9 @@ def pooling_choices(
 
 def replace_pooling(
     model:nn.Module, # a timm model with its classifier; changed in place
-    pooling:str, # 'gem', 'avg', 'max', 'avgmax', or 'native' for timm's own
-    p:float=3., # exponent of 'gem' at the start
-    per_channel:bool=False, # one p per channel
+    pooling:str, # 'gem', 'gem_channel' (one p per channel), 'avg', 'max', 'avgmax', or 'native' for timm's own
+    p:float=3., # exponent of GeM at the start
+    per_channel:bool=False, # one p per channel: 'gem' becomes 'gem_channel'
     learnable:bool=True, # train p
     signed:bool=None # pool the signs apart; None: where the family's features are signed
 ) -> nn.Module: # the same model
@@ -147,7 +148,8 @@ def replace_pooling(
     if isinstance(seat, str): raise ValueError(f"pooling: {pooling!r} for {_name(model)}, {seat}; expected 'native'")
     owner,attr,kw = seat
     family_signed = kw.pop('signed')
-    if pooling == 'gem': new = GeM(p, learnable=learnable, per_channel=per_channel, n_channels=model.num_features, signed=family_signed if signed is None else signed, **kw)
+    widened = [m.out_channels for m in getattr(owner, 'in_conv', nn.Identity()).modules() if isinstance(m, nn.Conv2d)] # a convolution between body and pooling
+    if pooling.startswith('gem'): new = GeM(p, learnable=learnable, per_channel=per_channel or pooling == 'gem_channel', n_channels=(widened or [model.num_features])[-1], signed=family_signed if signed is None else signed, **kw)
     else: new = GlobalPool(pooling, **kw)
     new.replaces_signed = family_signed
     weight = next(model.parameters())
