@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
 TOP = set('README.md Makefile settings.ini setup.py constraints.txt nbs carnb runs .github .ci LICENSE CONTRIBUTING.md CHANGELOG.md .gitignore'.split())
-WITH_PARAMETERS = re.compile(r'(08|1[0-6]|20|21)_') # stages, the memory study and the two studies of results
+WITH_PARAMETERS = re.compile(r'(01|08|1[0-6]|20|21)_') # the check, stages, the memory study and the two studies of results
 SLOW, MAX_MB, TIMEOUT, WORKERS = ('slow', 'gpu', 'notest'), 1.5, 900, 2
 
 

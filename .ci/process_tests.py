@@ -12,7 +12,7 @@ RUNS = Path(os.environ.get('CARNB_RUNS') or tempfile.mkdtemp())
 NOTEBOOK = 'nbs/10_train.ipynb'
 FILES = 'config.yaml history.csv metrics.json oof.npz train.ipynb weights.safetensors'.split()
 CHANGED = dict(arch='convnext_large', pretrained='false', img_size=96, epochs=1, max_steps=2, num_workers=0)
-SCREEN = 60 # lines
+SCREEN = 70 # lines
 
 def params(**values): return [x for k, v in values.items() for x in ('-p', k, str(v))]
 

@@ -6,20 +6,22 @@
 __all__ = ['SCHEDULES', 'TRACKERS', 'schedule_factor', 'is_fit', 'device_of', 'batch_at', 'LRSchedule', 'EMA', 'SetEpoch',
            'FreezeBody', 'ProgressiveResize', 'StopAfter', 'StopWithoutProgress', 'Progress', 'Autocast',
            'is_out_of_memory', 'free_memory', 'MicroBatches', 'peak_memory', 'overfits_since', 'save_weights',
-           'History', 'wanted_trackers', 'Tracker', 'TensorBoard', 'WandB', 'make_trackers']
+           'History', 'wanted_trackers', 'Tracker', 'TensorBoard', 'WandB', 'make_trackers', 'Interrupted',
+           'Checkpoints', 'fit_from']
 
 # %% ../nbs/09b_callbacks.ipynb #2ff44052
 from .core import * # before torch: see OMP_WAIT_POLICY there
-import math, os, resource, sys, time, warnings
+import json, math, os, resource, signal, sys, threading, time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from fastai.callback.core import Callback, CancelFitException, CancelStepException, CancelTrainException
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastcore.foundation import L
 from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 from .metrics import METRICS, accuracy, softmax
+from .checkpoint import *
 
 # %% ../nbs/09b_callbacks.ipynb #b63d16b3
 SCHEDULES = ('cosine', 'one_cycle', 'flat_cosine', 'warm_restarts', 'step', 'constant')
@@ -79,7 +81,7 @@ class LRSchedule(Callback):
         if not self.training: return
         step = self.epoch*self.n_iter + batch_at(self)
         f = schedule_factor(self.name_, step, self.n_epoch*self.n_iter, self.n_iter, self.warmup, **self.options)
-        self.opt.set_hyper('lr', [max(lr*f, self.eta_min) for lr in self.lrs])
+        self.opt.set_hyper('lr', [max(f, self.eta_min/max(self.lrs))*lr for lr in self.lrs])
 
 class EMA(Callback):
     "Averages the weights over steps and validates with the average (Polyak & Juditsky 1992); the average warms up with the number of steps"
@@ -138,6 +140,7 @@ class StopAfter(Callback):
     "Ends the training after `n` steps; what was reached is validated and kept"
     order = 70
     def __init__(self, n): self.n = n
+    def before_fit(self): self.run = is_fit(self.learn)
     def after_batch(self):
         if self.training and self.train_iter >= self.n: raise CancelTrainException
     def after_epoch(self):
@@ -286,7 +289,7 @@ def save_weights(
 ):
     "Write a model's state, atomically"
     state = {k: v.detach().cpu().contiguous().clone() for k,v in model.state_dict().items()}
-    with atomic_path(path) as tmp: save_file(state, tmp, {k: str(v) for k,v in about.items()})
+    with atomic_path(path) as tmp: save_file(state, tmp, dict(about=json.dumps(about))) # one key: safetensors writes several in any order
 
 class History(Callback):
     "A row per epoch in `history.csv`; keeps the best epoch's weights and validation logits"
@@ -353,7 +356,7 @@ class History(Callback):
     def keep(self, logits, targets):
         "Weights (averaged ones when EMA is on) and out-of-fold logits of this epoch"
         model = self.learn.ema.average.module if hasattr(self.learn, 'ema') else self.model
-        save_weights(self.folder/'weights.safetensors', model, dict(arch=self.cfg.timm_arch, epoch=self.best['epoch'], **{self.scored.name: self.best['score']}))
+        save_weights(self.folder/'weights.safetensors', model, dict(arch=self.cfg.timm_arch, epoch=self.best['epoch'], metric=self.scored.name, score=self.best['score']))
         if logits is None: return
         items, vocab = getattr(self.dls.valid_ds, 'items', None), getattr(self.dls.valid_ds, 'vocab', None)
         ids = items.id.to_numpy(str) if isinstance(items, pd.DataFrame) else np.arange(len(logits)).astype(str) # of somebody else's loader: the row
@@ -436,3 +439,110 @@ def make_trackers(
 )->list[Tracker]:
     "Callbacks for the wanted trackers"
     return [dict(tensorboard=TensorBoard, wandb=WandB)[t](folder, cfg) for t in wanted_trackers(tracking)]
+
+# %% ../nbs/09b_callbacks.ipynb #3ced5ef9
+class Interrupted(KeyboardInterrupt):
+    "A signal ended the training; a checkpoint was saved"
+
+class Checkpoints(Callback):
+    "Saves and restores the state of a training"
+    order = 90 # when all others are done with the step or the epoch
+    def __init__(self,
+        folder, # `checkpoints/` of the run
+        fold, # fold, or all
+        cfg, # configuration: named in the file and compared on resume
+        minutes:float=10., # between checkpoints within an epoch; 0: after every step
+        keep_last:int=3, # newest to keep, beside the best
+    ): self.folder,self.fold,self.cfg,self.minutes,self.keep_last,self.state,self.signal = Path(folder),fold,cfg,minutes,keep_last,None,None
+    def before_fit(self):
+        self.run = is_fit(self.learn)
+        if not self.run: return
+        self.last = time.monotonic()
+        self._listen()
+        if self.state is not None: self._restore(self.state)
+        self.state = None
+    def gather(self, epoch, batch):
+        "The state after `epoch` finished epochs and `batch` batches of the next one"
+        learn = self.learn
+        h = learn.history
+        state = dict(model=learn.model.state_dict(), optimizer=learn.opt.opt.state_dict(), epoch=epoch, batch=batch, train_iter=learn.train_iter, rng=get_rng_state(), micro=learn.micro_batches.n,
+                     history=dict(rows=h.rows, best=h.best, overfit=h.overfit, partial=h.state() if batch else None), scaler=learn.scaler.state_dict() if getattr(learn, 'scaler', None) is not None else None)
+        if hasattr(learn, 'ema') and learn.ema.average is not None: state['ema'] = dict(model=learn.ema.average.module.state_dict(), steps=learn.ema.steps)
+        return state
+    def save(self, epoch, batch):
+        h = self.learn.history
+        try:
+            save_checkpoint(self.folder, self.fold, epoch, self.gather(epoch, batch), self.learn.train_iter, self.cfg.get('arch', ''), {k: v for k,v in (h.rows[-1] if h.rows else {}).items()},
+                            dict(self.cfg), not batch and bool(h.best) and h.best['epoch'] == epoch, self.keep_last, batch=batch)
+        except OSError as e: tqdm.write(f'no checkpoint: {disk_message(e, self.folder)}')
+        self.last = time.monotonic()
+    def load(self, say=print):
+        "Find the last whole checkpoint, for `before_fit` to restore; the epoch and batch to go on with"
+        for p in reversed(list_checkpoints(self.folder, self.fold)):
+            try: self.state, info = read_checkpoint(p)
+            except DamagedCheckpoint as e:
+                say(f'{e}; taking the next older one')
+                continue
+            if different := config_differences(info.config, self.cfg): raise_problems(f'{p.name} was made with other settings; use another experiment name, or remove {self.folder}', different, ConfigError)
+            if info.torch != torch.__version__: say(f'{p.name} was made with torch {info.torch}, this is {torch.__version__}: the last bits may differ')
+            say(f'going on from {p.name}: epoch {self.state["epoch"]+1}' + (f', batch {self.state["batch"]+1}' if self.state['batch'] else ''))
+            return self.state['epoch'], self.state['batch']
+        return 0, 0
+    def _restore(self, s):
+        learn = self.learn
+        learn.model.load_state_dict(s['model'])
+        learn.opt.opt.load_state_dict(s['optimizer'])
+        learn.train_iter, learn.micro_batches.n = s['train_iter'], s['micro']
+        h = learn.history
+        h.rows, h.best, h.overfit, h.partial = s['history']['rows'], s['history']['best'], s['history']['overfit'], s['history']['partial']
+        if s['scaler'] is not None and getattr(learn, 'scaler', None) is not None: learn.scaler.load_state_dict(s['scaler'])
+        if 'ema' in s:
+            learn.ema.average.module.load_state_dict(s['ema']['model'])
+            learn.ema.steps = s['ema']['steps']
+        set_rng_state(s['rng'])
+    def after_batch(self):
+        if not self.training: return
+        done = batch_at(self)+1
+        if self.signal is not None or time.monotonic()-self.last >= 60*self.minutes:
+            self.save(self.epoch, done)
+            self._leave()
+    def after_epoch(self):
+        self.save(self.epoch+1, 0)
+        self._leave()
+    def _leave(self):
+        if self.signal is None: return
+        name = signal.Signals(self.signal).name
+        self._unlisten()
+        raise Interrupted(f'{name}: saved after epoch {self.learn.history.rows[-1]["epoch"] if self.learn.history.rows else 0}, step {self.learn.train_iter}; the same command goes on from there')
+    def _listen(self):
+        self.old = {}
+        if threading.current_thread() is not threading.main_thread(): return
+        def note(number, frame):
+            if self.signal is not None and number == signal.SIGINT: raise KeyboardInterrupt # asked twice
+            self.signal = number
+        for n in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
+            if hasattr(signal, n): self.old[getattr(signal, n)] = signal.signal(getattr(signal, n), note)
+    def _unlisten(self):
+        for n,f in getattr(self, 'old', {}).items(): signal.signal(n, f if f is not None else signal.SIG_DFL)
+        self.old = {}
+    def after_fit(self): self._unlisten()
+
+def fit_from(
+    learn, # with the callbacks of this notebook
+    n_epoch:int, # of the whole training
+    epoch:int=0, # finished before
+    batch:int=0, # batches of the next epoch that were done before
+):
+    "`learn.fit` that begins at a batch in the middle; the loader is a `PhotoDL`"
+    def loop():
+        for learn.epoch in range(epoch, learn.n_epoch):
+            learn.skipped = batch if learn.epoch == epoch else 0
+            learn.dls.train.start_batch = learn.skipped
+            learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
+    learn._do_fit = loop
+    try: learn.fit(n_epoch, lr=learn.lr)
+    finally:
+        del learn._do_fit
+        for cb in learn.cbs:
+            if isinstance(cb, Checkpoints): cb._unlisten()
+        learn.__dict__.pop('_do_one_batch', None)

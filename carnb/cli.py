@@ -95,7 +95,7 @@ def new(
     d.mkdir(parents=True, exist_ok=True)
     write_text(d/'carnb.yaml', '# marks the root of a carnb project: runs/ is made here\n')
     write_text(d/'train.yaml', '# carnb train -f train.yaml\ntask: cars\ndata_dir: data\nexperiment: first\narch: convnext_base\nfold: 0\n')
-    print(f'{d}/ is ready. Put the photos into {d}/data/train/<class>/, then:\n  cd {d}\n  carnb train -f train.yaml')
+    print(f'{d}/ is ready. Put the photos into {d}/data/train/<class>/, then:\n  cd {d}\n  carnb check -p data_dir data\n  carnb train -f train.yaml')
     return 0
 
 DEMO = dict(archs=['resnet10t', 'levit_128s'], folds=[0, 1])

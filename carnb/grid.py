@@ -37,7 +37,7 @@ def grid_cells(
     "The cells, models outermost: the first model's folds are done before the next begins"
     common = dict(task=cfg.task, data_dir=cfg.data_dir, experiment=cfg.experiment, n_folds=cfg.n_folds, device=cfg.device, **cfg.settings)
     keys = list(cfg.over)
-    return [{**common, 'arch': a, 'seed': int(s), 'fold': int(f), **dict(zip(keys, vs))}
+    return [{**common, 'arch': a, 'seed': int(s), 'fold': f if f == 'all' else int(f), **dict(zip(keys, vs))}
             for a in cfg.archs for vs in itertools.product(*cfg.over.values()) for s in cfg.seeds for f in cfg.folds]
 
 def plan_grid(

@@ -15,7 +15,6 @@ from filelock import FileLock
 from tqdm import tqdm
 from .data import *
 from .loaders import *
-from .losses import loss_parameters, make_loss
 from .metrics import METRICS, softmax
 from .backbones import *
 from .tasks import *
@@ -91,11 +90,11 @@ def predict_items(
 )->np.ndarray: # (views, n, C)
     "Logits of `items` under every view"
     size = tuple(cfg.size)
-    ds = PhotoDataset(items[['id', 'path']], comp.data_dir, cfg.classes, (None, valid_transform(size, cfg.fit)), min_size=decode_size(size, cfg.get('augmentation', {}).get('min_scale', .5)))
-    from fastai.data.transforms import IntToFloatTensor, Normalize
-    dl = PhotoDL(ds, bs=batch_size or inference_batch(size), after_batch=[IntToFloatTensor(), Normalize.from_stats(*model_stats(cfg.timm_arch), cuda=False)], device=device,
+    aug = cfg.get('augmentation', {})
+    ds = PhotoDataset(items[['id', 'path']], comp.data_dir, cfg.classes, (None, valid_transform(size, cfg.fit, aug.get('fill', 128))), min_size=decode_size(size, aug.get('min_scale', .5)), preprocess=find_preprocess(cfg.get('preprocess')))
+    dl = PhotoDL(ds, bs=batch_size or inference_batch(size), after_batch=[NormalizeBytes.from_stats(*model_stats(cfg.timm_arch), cuda=False)], device=device,
                  **loader_settings(device, num_workers))
-    loss = make_loss(cfg.loss, len(cfg.classes), **{k: cfg[k] for k in loss_parameters(cfg.loss) if cfg.get(k) is not None})
+    loss = loss_of(cfg, len(cfg.classes))
     return tta(model, tqdm(dl, desc=f'{cfg.arch} fold {cfg.fold}', unit='batch', leave=False, mininterval=.5), views, fixed_size(cfg.timm_arch) or is_transformer(cfg.timm_arch), loss.log_probs)
 
 def predicted(
