@@ -174,6 +174,7 @@ class Progress(Callback):
 # %% ../nbs/09b_callbacks.ipynb #4b8e922d
 class Autocast(MixedPrecision):
     "fastai's `MixedPrecision` on any device that has autocast"
+    name = 'amp' # `learn.amp`
     def __init__(self,
         dtype:str='bf16', # bf16 or fp16
     ):
@@ -224,7 +225,7 @@ class MicroBatches(Callback):
                 size = len(xb[0])
                 self.learn.pred = self.learn.loss = self.learn.loss_grad = None
                 failed, e = f'{type(e).__name__}: {str(e).splitlines()[0][:100]}', e.with_traceback(None) # the traceback holds the activations
-            if getattr(self.learn, 'autocast', None) is not None and torch.is_autocast_enabled(device_of(self.learn).type): self.learn.autocast.autocast.__exit__(None, None, None)
+            if getattr(self.learn, 'amp', None) is not None and torch.is_autocast_enabled(device_of(self.learn).type): self.learn.amp.autocast.__exit__(None, None, None)
             self.learn.xb, self.learn.yb = xb, yb
             self.opt.zero_grad()
             free_memory(device_of(self.learn))
@@ -235,7 +236,7 @@ class MicroBatches(Callback):
             self.n = min(2*self.n, size)
             tqdm.write(f'out of memory: the batch of {size} is now cut into {self.n} parts of {-(-size//self.n)}; a step still sees {size} photos, BatchNorm sees the parts')
             if self.on_change: self.on_change(self.n)
-            if getattr(self.learn, 'autocast', None) is not None: self.learn.autocast.before_batch()
+            if getattr(self.learn, 'amp', None) is not None: self.learn.amp.before_batch()
     def _parts(self, xb, yb):
         learn, total = self.learn, len(xb[0])
         n = min(self.n, total)
@@ -254,7 +255,7 @@ class MicroBatches(Callback):
             return learn('after_loss')
         for i,c in enumerate(cuts):
             learn.xb, learn.yb = tuple(x[c] for x in xb), tuple(y[c] for y in yb)
-            if i and getattr(learn, 'autocast', None) is not None: learn.autocast.before_batch()
+            if i and getattr(learn, 'amp', None) is not None: learn.amp.before_batch()
             learn.pred = learn.model(*learn.xb)
             learn('after_pred')
             learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
@@ -375,20 +376,24 @@ def wanted_trackers(
 class Tracker(Callback):
     "Hands each row of the history to a tracker; subclasses have `open`, `log`, `picture`, `close`"
     order = 67 # after History
-    def __init__(self, folder, cfg, resumed=False): self.folder,self.cfg,self.resumed,self.ok = Path(folder),cfg,resumed,True
+    def __init__(self, folder, cfg): self.folder,self.cfg,self.ok,self.opened = Path(folder),cfg,True,False
     def safely(self, f, *args):
         if not self.ok: return
         try: return f(*args)
         except Exception as e:
             self.ok = False
             tqdm.write(f'{type(self).__name__} is switched off, the run goes on: {type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ""}')
-    def before_fit(self):
-        self.run = is_fit(self.learn)
-        if self.run:
-            self.safely(self.open)
-            for r in self.learn.history.rows: self.safely(self.log, r)
+    def before_fit(self): self.run, self.opened = is_fit(self.learn), False
+    def begin(self):
+        "Open it with what was there before: not in `before_fit`, when a checkpoint is not yet restored"
+        if self.opened: return
+        self.opened = True
+        self.safely(self.open)
+        for r in self.learn.history.rows: self.safely(self.log, r)
+    def before_epoch(self): self.begin()
     def after_epoch(self): self.safely(self.log, self.learn.history.rows[-1])
     def after_fit(self):
+        self.begin()
         self.safely(self.picture)
         self.safely(self.close)
     def numbers(self, row): return {('train/' if k.startswith('train_') else 'val/' if k.startswith('val_') else 'run/')+k: float(v) for k,v in row.items() if k != 'epoch'}

@@ -75,7 +75,9 @@ def run_stage(
             print(f'carnb {stage}: the kernel died, most likely for lack of memory: try a smaller batch_size, then a smaller img_size, then a smaller model', file=sys.stderr)
             return 1
         except pm.PapermillExecutionError as e:
-            if e.ename == 'KeyboardInterrupt': raise KeyboardInterrupt from None
+            if e.ename in ('KeyboardInterrupt', 'Interrupted'):
+                if e.evalue: print(f'carnb {stage}: {e.evalue}', file=sys.stderr)
+                raise KeyboardInterrupt from None
             clear = '\r\033[K' if sys.stderr.isatty() else ''
             if e.ename in OURS: print(f'{clear}carnb {stage}: {e.evalue}', file=sys.stderr)
             else:
@@ -113,13 +115,21 @@ def demo()->int: # exit code
     return 0
 
 # %% ../nbs/17_cli.ipynb #5745def6
-def _stop(*_): raise KeyboardInterrupt
+def _forward(number, frame):
+    "Hand a signal to the notebook's kernel, which saves and ends; without one, or when asked twice, end at once"
+    import psutil
+    kernels = [p for p in psutil.Process().children() if 'ipykernel' in ' '.join(p.cmdline())]
+    _forward.asked = getattr(_forward, 'asked', 0) + 1
+    if not kernels or _forward.asked > 2: raise KeyboardInterrupt
+    for p in kernels: p.send_signal(signal.SIGINT)
 
 def main(
     args:list[str]|None=None, # words after `carnb`; those of the command line when None
 )->int: # exit code: 0 well, 1 the stage failed, 2 the words were wrong
     "The command `carnb`"
-    if args is None: signal.signal(signal.SIGTERM, _stop) # ends the kernel, and with it what it started
+    if args is None: # the notebook decides: a training saves first
+        for s in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
+            if hasattr(signal, s): signal.signal(getattr(signal, s), _forward)
     args = list(sys.argv[1:] if args is None else args)
     for s in (sys.stdout, sys.stderr):
         if hasattr(s, 'reconfigure'): s.reconfigure(encoding='utf8', errors='replace')

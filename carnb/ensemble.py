@@ -100,11 +100,18 @@ def fit_temperature(
     return 1/beta
 
 # %% ../nbs/13_ensemble.ipynb #377b6e71
+def _root(H):
+    "Cholesky factor; of the nearest positive definite matrix when rounding has spoilt it (models that are nearly perfect have next to no curvature)"
+    try: return np.linalg.cholesky(H)
+    except np.linalg.LinAlgError:
+        values, V = np.linalg.eigh((H+H.T)/2)
+        return np.linalg.cholesky((V*np.maximum(values, max(1e-12, 1e-8*abs(values).max())))@V.T)
+
 def _newton(fun, x, tol=1e-10, steps=100):
     "Minimise a convex function over x >= 0; `fun(x, True)` gives value, gradient and Hessian, `fun(x, False)` the value"
     f, g, H = fun(x, True)
     for _ in range(steps):
-        L = np.linalg.cholesky(H + np.eye(len(x))*(1e-12 + 1e-10*np.trace(H)/len(x)))
+        L = _root(H + np.eye(len(x))*(1e-12 + 1e-10*np.trace(H)/len(x)))
         d = nnls(L.T, L.T@x - np.linalg.solve(L, g))[0] - x
         slope, s = float(g@d), 1.
         if slope > -tol: break

@@ -6,7 +6,7 @@
 __all__ = ['check_grid', 'grid_cells', 'plan_grid', 'run_cell', 'run_grid']
 
 # %% ../nbs/11_grid.ipynb #d2db3a7c
-import itertools, os, subprocess, sys, time
+import contextlib, itertools, os, signal, subprocess, sys, time
 import pandas as pd
 from fastcore.basics import AttrDict
 from .core import *
@@ -58,18 +58,23 @@ def plan_grid(
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_grid.ipynb #713457a3
+def _die_with_parent():
+    "In the child: SIGTERM when the parent is gone, however it went (Linux: PR_SET_PDEATHSIG)"
+    import ctypes
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
 def run_cell(
     cell:dict, # parameters of `10_train`
 )->int: # exit code
     "One cell as a process; its output is passed on as it comes"
     args = [a for k,v in cell.items() if v is not None for a in ('-p', k, ','.join(map(str, v)) if isinstance(v, list) else str(v))]
-    p = subprocess.Popen([sys.executable, '-m', 'carnb.cli', 'train', *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+    p = subprocess.Popen([sys.executable, '-m', 'carnb.cli', 'train', *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent if sys.platform == 'linux' else None)
     try:
         while chunk := os.read(p.stdout.fileno(), 4096): print(chunk.decode(errors='replace'), end='', flush=True)
         return p.wait()
     except BaseException: # interrupted: no orphan is left
-        import signal
-        os.killpg(p.pid, signal.SIGTERM)
+        os.killpg(p.pid, signal.SIGTERM) # it saves first
+        with contextlib.suppress(subprocess.TimeoutExpired): p.wait(60)
         raise
 
 def run_grid(
