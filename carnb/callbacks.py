@@ -458,7 +458,7 @@ class Checkpoints(Callback):
         cfg, # configuration: named in the file and compared on resume
         minutes:float=10., # between checkpoints within an epoch; 0: after every step
         keep_last:int=3, # newest to keep, beside the best
-    ): self.folder,self.fold,self.cfg,self.minutes,self.keep_last,self.state,self.signal = Path(folder),fold,cfg,minutes,keep_last,None,None
+    ): self.folder,self.fold,self.cfg,self.minutes,self.keep_last,self.state,self.signal,self.seconds = Path(folder),fold,cfg,minutes,keep_last,None,None,0.
     def before_fit(self):
         self.run = is_fit(self.learn)
         if not self.run: return
@@ -475,12 +475,13 @@ class Checkpoints(Callback):
         if hasattr(learn, 'ema') and learn.ema.average is not None: state['ema'] = dict(model=learn.ema.average.module.state_dict(), steps=learn.ema.steps)
         return state
     def save(self, epoch, batch):
-        h = self.learn.history
+        h, t0 = self.learn.history, time.perf_counter()
         try:
             save_checkpoint(self.folder, self.fold, epoch, self.gather(epoch, batch), self.learn.train_iter, self.cfg.get('arch', ''), {k: v for k,v in (h.rows[-1] if h.rows else {}).items()},
                             dict(self.cfg), not batch and bool(h.best) and h.best['epoch'] == epoch, self.keep_last, batch=batch)
         except OSError as e: tqdm.write(f'no checkpoint: {disk_message(e, self.folder)}')
         self.last = time.monotonic()
+        self.seconds += time.perf_counter()-t0
     def load(self, say=print):
         "Find the last whole checkpoint, for `before_fit` to restore; the epoch and batch to go on with"
         for p in reversed(list_checkpoints(self.folder, self.fold)):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'make_views', 'tta', 'inference_batch', 'predict_items', 'predicted', 'predict_run', 'experiment_data',
-           'pick_views', 'predict_experiment', 'tiny_predictions', 'view_scores']
+           'pick_views', 'predict_experiment', 'champion', 'tiny_predictions', 'view_scores']
 
 # %% ../nbs/12_predict.ipynb #b9bb7faa
 from .core import * # before torch: see OMP_WAIT_POLICY there
@@ -18,6 +18,8 @@ from .loaders import *
 from .metrics import METRICS, softmax
 from .backbones import *
 from .tasks import *
+from .callbacks import free_memory, is_out_of_memory, save_weights
+from .checkpoint import DamagedCheckpoint, get_checkpoint_info, read_checkpoint
 from .train import *
 
 # %% ../nbs/12_predict.ipynb #cfa47289
@@ -27,7 +29,22 @@ VIEWS = dict(
     vflip=lambda x: x.flip(-2),
     both=lambda x: x.flip(-1, -2),
     rot90=lambda x: x.rot90(1, (-2, -1)),
+    zoom=lambda x: _crop(x, .5, .5),
+    top_left=lambda x: _crop(x, 0, 0),
+    top_right=lambda x: _crop(x, 0, 1),
+    bottom_left=lambda x: _crop(x, 1, 0),
+    bottom_right=lambda x: _crop(x, 1, 1),
+    small=lambda x: _resize(x, [max(32, round(s*7/8/32)*32) for s in x.shape[-2:]]),
 )
+
+def _resize(x, size): return x if tuple(x.shape[-2:]) == tuple(size) else torch.nn.functional.interpolate(x, size=tuple(size), mode='bilinear', antialias=True)
+
+def _crop(x, down, right, share=7/8):
+    "A part of every photo, enlarged to the canvas; `down` and `right` from 0 to 1 say which"
+    h,w = x.shape[-2:]
+    ch,cw = round(h*share), round(w*share)
+    y,z = round((h-ch)*down), round((w-cw)*right)
+    return _resize(x[..., y:y+ch, z:z+cw], (h, w))
 
 def make_views(
     x:torch.Tensor, # (n, 3, h, w)
@@ -38,8 +55,7 @@ def make_views(
     res = []
     for v in views:
         y = VIEWS[v](x)
-        if keep_size and y.shape != x.shape: y = torch.nn.functional.interpolate(y, size=x.shape[-2:], mode='bilinear', antialias=True)
-        res.append(y)
+        res.append(_resize(y, x.shape[-2:]) if keep_size else y)
     return res
 
 # %% ../nbs/12_predict.ipynb #2be30b99
@@ -55,7 +71,7 @@ def tta(
     unknown = [v for v in views if v not in VIEWS]
     if unknown: raise ConfigError(f'views: {", ".join(unknown)}; expected some of {", ".join(VIEWS)}')
     if not isinstance(model, torch.nn.Module): model = model.model # a Learner
-    was, out = model.training, []
+    was, out, limit = model.training, [], None
     model.eval()
     try:
         for b in batches:
@@ -63,7 +79,17 @@ def tta(
             made, logits = make_views(x.as_subclass(torch.Tensor), views, keep_size), {}
             for shape in dict.fromkeys(tuple(v.shape[-2:]) for v in made):
                 at = [i for i,v in enumerate(made) if tuple(v.shape[-2:]) == shape]
-                y = model(torch.cat([made[i] for i in at]).contiguous(memory_format=torch.channels_last)).float()
+                together, limit, parts = torch.cat([made[i] for i in at]), limit or len(x)*len(made), []
+                while sum(map(len, parts)) < len(together):
+                    done = sum(map(len, parts))
+                    try: y = model(together[done:done+limit].contiguous(memory_format=torch.channels_last)).float()
+                    except Exception as e:
+                        if not is_out_of_memory(e) or limit == 1: raise
+                        limit, y = max(1, limit//2), None
+                        tqdm.write(f'out of memory: {limit} photos at once from here on')
+                    if y is None: free_memory(x.device)
+                    else: parts.append(y)
+                y = torch.cat(parts)
                 if log_probs is not None: y = log_probs(y)
                 logits.update(zip(at, y.chunk(len(at))))
             out.append(torch.stack([logits[i] for i in range(len(made))]).cpu())
@@ -166,6 +192,34 @@ def predict_experiment(
     names, device = pick_views(record, k.tta_steps, k.views), pick_device(k.device)
     for r in runs: predict_run(r, comp, names, device, k.batch_size, k.num_workers)
     return runs
+
+def champion(
+    path, # a `.ckpt` below `checkpoints/` of a run, its `weights.safetensors`, or the run's folder
+)->Run: # a run of its own, in the experiment `<experiment>-champion`
+    "Turn one checkpoint into a run that later stages take for a model, beside nothing else"
+    path = resolve_path(path)
+    folder = path if path.is_dir() else path.parent.parent if path.suffix == '.ckpt' else path.parent
+    source = Run(folder)
+    if not path.exists() or not (source/'config.yaml').exists(): raise ConfigError(f'checkpoint: {path} is no checkpoint of a run; expected runs/<experiment>/<model>/fold<k>/checkpoints/*.ckpt, weights.safetensors or the folder')
+    cfg, root = source.config, source.path.parent.parent
+    epoch = f'epoch{int(get_checkpoint_info(path).epoch):04d}' if path.suffix == '.ckpt' else 'best'
+    target = Run(runs_dir()/f'{root.name.removesuffix("-champion")}-champion'/f'{source.path.parent.name}-{epoch}'/source.path.name)
+    if target.done: return target
+    for f in ('folds.csv',): write_text(target.path.parent.parent/f, (root/f).read_text(encoding='utf8'))
+    target.path.mkdir(parents=True, exist_ok=True)
+    if path.suffix == '.ckpt':
+        try: state, info = read_checkpoint(path)
+        except DamagedCheckpoint as e: raise ConfigError(f'checkpoint: {e}') from None
+        model = create_model(cfg.timm_arch, len(cfg.classes), cfg.size, False, cfg.pooling, head=cfg.get('head') or 'linear', head_scale=float((cfg.get('loss_options') or {}).get('scale', 30.)))
+        model.load_state_dict(state['ema']['model'] if 'ema' in state else state['model'])
+        save_weights(target/'weights.safetensors', model, dict(arch=cfg.timm_arch, epoch=int(info.epoch), checkpoint=path.name))
+        row = info.metrics
+    else:
+        with atomic_path(target/'weights.safetensors') as tmp: tmp.write_bytes((source/'weights.safetensors').read_bytes())
+        row = source.metrics if source.done else {}
+    write_text(target/'config.yaml', (source/'config.yaml').read_text(encoding='utf8'))
+    write_json(target/'metrics.json', {k: v for k,v in row.items() if isinstance(v, (int, float, str))} | dict(metric=cfg.metric, score=row.get('score', row.get(f'val_{cfg.metric}')), best_epoch=row.get('best_epoch', row.get('epoch')), champion=str(path.relative_to(root.parent)) if path.is_relative_to(root.parent) else path.name))
+    return target
 
 def tiny_predictions()->str: # name of the experiment
     "`tiny_experiment` with predictions, made once"

@@ -218,7 +218,7 @@ def fit_run(
     p = {k: v.tolist() if v.numel() == 1 else dict(mean=float(v.mean()), min=float(v.min()), max=float(v.max())) for k,v in pooling_p(learn.model).items()}
     metrics = dict(metric=cfg.metric, score=h.best['score'] if cfg.fold != 'all' else None, best_epoch=h.best['epoch'], epochs=len(h.rows), seconds=time.perf_counter()-t0, steps=learn.train_iter,
                    params=sum(o.numel() for o in learn.model.parameters()), **{k: best[k] for k in best if k.startswith(('train_', 'val_')) or k == 'gap'}, overfits_since=h.overfit,
-                   micro_batches=learn.micro_batches.n, memory_gb=max(r['memory_gb'] for r in h.rows))
+                   micro_batches=learn.micro_batches.n, checkpoint_seconds=learn.checkpoints.seconds, memory_gb=max(r['memory_gb'] for r in h.rows))
     if p: metrics['gem_p'] = p
     write_json(run/'metrics.json', metrics)
     for c in list_checkpoints(run/'checkpoints', cfg.fold): # the run is done: nothing goes on from here
