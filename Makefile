@@ -1,11 +1,11 @@
 # Every target is one line that also runs without make: python3 .ci/tasks.py TARGET
 # TORCH=cpu takes torch's CPU wheels when .venv is made; NB=04_losses limits `make notebooks`.
 PYTHON ?= python3
-TARGETS := setup demo test test-all docs lab readme check notebooks
+TARGETS := setup demo test test-all docs lab readme check notebooks torture device-check
 
 .DEFAULT_GOAL := help
 .PHONY: help $(TARGETS)
-export TORCH NB
+export TORCH NB DEVICE
 
 help:
 	@$(PYTHON) .ci/tasks.py --help

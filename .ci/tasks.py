@@ -23,6 +23,8 @@ TASKS = dict(
     lab='JupyterLab in nbs/',
     readme='README.md from nbs/index.ipynb',
     check='only the quick checks: export, cleanness, direction of imports, hygiene, README (no notebook is run)',
+    torture='50 kills, damaged files, full disks, signals: in full, results into the notebooks of nbs/tests (an hour or more)',
+    device_check='train, kill, resume and the memory study on this machine; a row in runs/devices.csv (DEVICE=cpu, cuda, mps)',
     notebooks='export, execute in place and clean all notebooks, or those of NB=04_losses',
 )
 
@@ -149,9 +151,9 @@ def inside(*args, **more):
 
 # The tasks
 
-def notebooks():
+def notebooks(names=None, timeout=1800):
     "Export, execute in place, clean"
-    names = [n[:-6] if n.endswith('.ipynb') else n for n in os.environ.get('NB', '').replace(',', ' ').split()]
+    names = names or [n[:-6] if n.endswith('.ipynb') else n for n in os.environ.get('NB', '').replace(',', ' ').split()]
     books = [p for p in sorted((ROOT/'nbs').glob('*.ipynb')) + sorted((ROOT/'nbs/tests').glob('*.ipynb'))
              if not names or p.stem in names or p.parent.name + '/' + p.stem in names]
     if not books: die('no notebook is called %s; they are in nbs/' % ' '.join(names))
@@ -160,7 +162,7 @@ def notebooks():
     for p in books:
         t = time.time()
         with tempfile.TemporaryDirectory() as d:
-            rc = subprocess.call([str(BIN/'jupyter'), 'nbconvert', '--to', 'notebook', '--execute', '--log-level=ERROR', '--ExecutePreprocessor.timeout=1800',
+            rc = subprocess.call([str(BIN/'jupyter'), 'nbconvert', '--to', 'notebook', '--execute', '--log-level=ERROR', '--ExecutePreprocessor.timeout=%d' % timeout,
                                   '--ExecutePreprocessor.kernel_name=python3', '--output-dir', d, p.name], cwd=str(p.parent), env=environ(TQDM_DISABLE='1'))
             if rc == 0: shutil.copyfile(os.path.join(d, p.name), str(p))
         say('%s %s (%.0f s)' % ('executed' if rc == 0 else 'FAILED, left as it was:', p.relative_to(ROOT).as_posix(), time.time() - t))
@@ -179,6 +181,8 @@ def run(task):
     if task == 'docs': return inside('python', '.ci/docs.py')
     if task == 'lab': return inside('jupyter', 'lab', '--notebook-dir', ROOT/'nbs')
     if task == 'notebooks': return notebooks()
+    if task == 'torture': return notebooks(['tests/torture', 'tests/interruptions', 'tests/peers'], 7200)
+    if task == 'device_check': return inside('python', '.ci/device_check.py')
     import checks
     return checks.main(task, BIN, environ)
 

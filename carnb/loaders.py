@@ -466,6 +466,9 @@ class PhotoDL(TfmdDL):
         return ((self._slots[x][:len(y)] if isinstance(x, int) else x, y) for x,y in self._loader)
     def create_batch(self, b): return TensorImage(torch.stack([x.permute(1, 2, 0) for x,_ in b]).permute(0, 3, 1, 2)), TensorCategory(torch.tensor([int(y) for _,y in b]))
     def do_item(self, s): return self.dataset[s or 0]
+    def close(self):
+        "End the workers; the next pass starts new ones"
+        self._loader,self._slots = None,[]
     def __getstate__(self): return {**self.__dict__, '_loader': None, 'plan': None, '_slots': []}
 
 class NormalizeBytes(Normalize):

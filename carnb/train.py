@@ -213,9 +213,11 @@ def fit_run(
     learn.create_opt()
     try: fit_from(learn, epochs_of(cfg, run), *learn.checkpoints.load())
     except OSError as e: raise CarnbError(disk_message(e, run.path)) from None
+    finally:
+        for dl in learn.dls.loaders: dl.close()
     h = learn.history
     best = h.rows[h.best['epoch']-1]
-    p = {k: v.tolist() if v.numel() == 1 else dict(mean=float(v.mean()), min=float(v.min()), max=float(v.max())) for k,v in pooling_p(learn.model).items()}
+    p = {k: v.tolist() if v.size == 1 else dict(mean=float(v.mean()), min=float(v.min()), max=float(v.max())) for k,v in pooling_p(learn.model).items()}
     metrics = dict(metric=cfg.metric, score=h.best['score'] if cfg.fold != 'all' else None, best_epoch=h.best['epoch'], epochs=len(h.rows), seconds=time.perf_counter()-t0, steps=learn.train_iter,
                    params=sum(o.numel() for o in learn.model.parameters()), **{k: best[k] for k in best if k.startswith(('train_', 'val_')) or k == 'gap'}, overfits_since=h.overfit,
                    micro_batches=learn.micro_batches.n, checkpoint_seconds=learn.checkpoints.seconds, memory_gb=max(r['memory_gb'] for r in h.rows))
