@@ -64,7 +64,7 @@ def device_of(
 
 def batch_at(cb)->int:
     "Batch of this epoch, counted from its begin even when the first ones were done before an interruption"
-    return cb.iter + getattr(cb.learn, 'skipped', 0)
+    return cb.iter + getattr(cb.learn, 'batches_before', 0)
 
 class LRSchedule(Callback):
     "Sets the learning rates before each step"
@@ -115,7 +115,7 @@ class FreezeBody(Callback):
         epochs:int=1, # in which the body keeps its weights
     ): self.epochs = epochs
     def before_fit(self): self.run = is_fit(self.learn)
-    def before_epoch(self): self.learn.freeze() if self.epoch < self.epochs else self.learn.unfreeze()
+    def before_epoch(self): self.opt.freeze_to(-1 if self.epoch < self.epochs else 0) # `learn.freeze()` would also forget the optimizer's moments
 
 class ProgressiveResize(Callback):
     "Begins with a smaller canvas, made from the batch on the device, and grows to the full one (Tan & Le 2021; fast.ai 2018)"
@@ -165,7 +165,7 @@ class Progress(Callback):
         self.run = is_fit(self.learn)
         if self.run: self.bar = tqdm(total=self.n_epoch*len(self.dls.train), unit='step', leave=False, dynamic_ncols=True, mininterval=.5)
     def before_epoch(self): self.bar.set_description(f'epoch {self.epoch+1}/{self.n_epoch}')
-    def before_train(self): self.bar.n = self.epoch*self.n_iter_train() + getattr(self.learn, 'skipped', 0)
+    def before_train(self): self.bar.n = self.epoch*self.n_iter_train() + getattr(self.learn, 'batches_before', 0)
     def n_iter_train(self): return len(self.dls.train)
     def after_batch(self):
         if self.training: self.bar.update()
@@ -542,8 +542,8 @@ def fit_from(
     "`learn.fit` that begins at a batch in the middle; the loader is a `PhotoDL`"
     def loop():
         for learn.epoch in range(epoch, learn.n_epoch):
-            learn.skipped = batch if learn.epoch == epoch else 0
-            learn.dls.train.start_batch = learn.skipped
+            learn.batches_before = batch if learn.epoch == epoch else 0
+            learn.dls.train.start_batch = learn.batches_before
             learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
     learn._do_fit = loop
     try: learn.fit(n_epoch, lr=learn.lr)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'SCHEDULE_OPTIONS', 'check_train', 'check_resolved', 'resolve', 'pick_precision', 'device_table',
-           'build_learner', 'PredictionGrid', 'loss_of', 'fit_run', 'epochs_of', 'prepare', 'start_run', 'train_config',
-           'train_run', 'load_model', 'tiny_experiment', 'plot_history']
+           'build_learner', 'PredictionGrid', 'device_memory', 'micro_batches', 'loss_of', 'fit_run', 'epochs_of',
+           'prepare', 'start_run', 'train_config', 'train_run', 'load_model', 'tiny_experiment', 'plot_history']
 
 # %% ../nbs/10_train.ipynb #0e29eecc
 from .core import * # before torch: see OMP_WAIT_POLICY there
@@ -24,6 +24,7 @@ from .losses import LOSSES, head_problem, loss_parameters, make_loss, takes_soft
 from .metrics import METRICS, softmax
 from .backbones import *
 from .pooling import POOLINGS, pooling_p
+from .memory import fit_batch, parse_bytes
 from .tasks import *
 from .callbacks import *
 from .checkpoint import *
@@ -49,7 +50,13 @@ def check_train(
         except ValueError as e: p.append(f'img_size: {cfg.img_size!r}; expected a number of px or h,w')
     among('schedule', SCHEDULES); among('loss', LOSSES); among('pooling', POOLINGS); among('precision', PRECISIONS); among('fit', FITS); among('head_init', HEAD_INITS); among('head', HEADS); among('keep_checkpoints', ('none', 'best', 'all'))
     for t in cfg.tracking: among('tracking', TRACKERS, t)
-    within('n_folds', 2, 100); within('epochs', 1, 10_000); within('batch_size', 1, 65_536); within('accumulation', 1, 65_536); within('lr', 0, 100, True); within('weight_decay', 0, 10)
+    within('n_folds', 2, 100); within('epochs', 1, 10_000); 
+    if isinstance(cfg.batch_size, str) and cfg.batch_size != 'auto': p.append(f'batch_size: {cfg.batch_size!r}; expected a number, or auto')
+    elif cfg.batch_size != 'auto': within('batch_size', 1, 65_536)
+    if cfg.memory_budget is not None:
+        try: parse_bytes(cfg.memory_budget)
+        except ValueError as e: p.append(f'memory_budget: {e}')
+    within('accumulation', 1, 65_536); within('lr', 0, 100, True); within('weight_decay', 0, 10)
     within('warmup', 0, 1); within('label_smoothing', 0, .999); within('drop_path', 0, .999); within('ema', 0, .99999); within('grad_clip', 0, 1e9); within('max_steps', 1, 10**9)
     within('num_workers', 0, 256); within('head_lr_mult', 0, 1e4, True); within('mixup', 0, 100); within('cutmix', 0, 100); within('balance', 0, 1); within('class_weighting', 0, 1)
     within('layer_decay', 0, 1, True); within('freeze_epochs', 0, 10_000); within('progressive', .1, 1); within('early_stop', 0, 10_000); within('checkpoint_minutes', 0, 1e6)
@@ -105,6 +112,8 @@ def resolve(
     for k,v in fill.items():
         if k in given: cfg[k] = v | cfg[k]
         elif cfg.get(k) is None: cfg[k] = v
+    cfg.fit_memory = cfg.batch_size == 'auto' or cfg.memory_budget is not None
+    if cfg.batch_size == 'auto': cfg.batch_size = fill['batch_size']
     cfg.timm_arch, cfg.weight = preset.arch, preset.weight
     if cfg.data_dir is not None: cfg.data_dir = str(resolve_path(cfg.data_dir).absolute())
     if cfg.aspect == 'auto': cfg.aspect = round(median_aspect(checked), 2)
@@ -150,7 +159,8 @@ def build_learner(
                          head_scale=float(cfg.loss_options.get('scale', 30.)), grad_checkpointing=cfg.grad_checkpointing, compiled=cfg.compile)
     model.to(device, memory_format=torch.channels_last)
     loss = loss_of(cfg, len(comp.classes), dls.train_ds.targets)
-    micro = MicroBatches(cfg.accumulation)
+    cfg.micro_batches = micro_batches(cfg, len(comp.classes), device)
+    micro = MicroBatches(cfg.micro_batches)
     options = {k: SCHEDULE_OPTIONS[k](v) for k,v in cfg.schedule_options.items()}
     groups = dict(head_lr_mult=cfg.head_lr_mult, layer_decay=None if cfg.layer_decay == 1 else cfg.layer_decay)
     learn = make_learner(dls, model, loss, cfg.optimizer, cfg.lr, cfg.weight_decay, **groups, path=run.path)
@@ -191,6 +201,29 @@ class PredictionGrid(Callback):
             ax.set_title(f'{oof.classes[said[i]]} {sure[i]:.0%}' + ('' if said[i] == oof.targets[i] else f'\nis {oof.classes[oof.targets[i]]}'), fontsize=7, color='C2' if said[i] == oof.targets[i] else 'C3')
         with atomic_path(self.folder/'predictions.png') as tmp: fig.savefig(tmp, dpi=70, format='png')
         plt.close(fig)
+
+def device_memory(
+    device, # torch device
+)->int: # bytes
+    "What a process may use: the card's memory, what Metal recommends, or the free memory of the machine"
+    if device.type == 'cuda': return torch.cuda.get_device_properties(device).total_memory
+    if device.type == 'mps': return torch.mps.recommended_max_memory()
+    import psutil
+    return psutil.virtual_memory().available
+
+def micro_batches(
+    cfg, # resolved configuration
+    n_classes:int, # classes
+    device, # torch device
+)->int: # parts that a batch is cut into
+    "`accumulation`, or more when `memory_budget` (or `batch_size auto`) asks for it and the predicted peak is too much"
+    if not cfg.get('fit_memory'): return cfg.accumulation
+    budget = cfg.memory_budget or device_memory(device)
+    fit = fit_batch(cfg.timm_arch, tuple(cfg.size), cfg.batch_size, budget, precision=pick_precision(cfg.precision, device), optimizer=cfg.optimizer, n_classes=n_classes, device=device.type, ema=bool(cfg.ema),
+                    grad_checkpointing=cfg.grad_checkpointing, validate=2., pooling=cfg.pooling, head=cfg.head, drop_path=cfg.drop_path)
+    n = max(cfg.accumulation, fit.accumulation)
+    print(f'memory: {fit.peak.total/1e9:.2f} GB predicted of {parse_bytes(budget)/1e9:.2f} GB: steps of {cfg.batch_size} photos' + (f' in {n} parts of {cfg.batch_size//n} (BatchNorm sees the parts)' if n > 1 else ', in one part'))
+    return n
 
 def loss_of(
     cfg, # resolved configuration
