@@ -359,7 +359,8 @@ class History(Callback):
         model = self.learn.ema.average.module if hasattr(self.learn, 'ema') else self.model
         save_weights(self.folder/'weights.safetensors', model, dict(arch=self.cfg.timm_arch, epoch=self.best['epoch'], metric=self.scored.name, score=self.best['score']))
         if logits is None: return
-        items, vocab = getattr(self.dls.valid_ds, 'items', None), getattr(self.dls.valid_ds, 'vocab', None)
+        ds = getattr(self.dls.valid, 'dataset', None)
+        items, vocab = getattr(ds, 'items', None), getattr(ds, 'vocab', None)
         ids = items.id.to_numpy(str) if isinstance(items, pd.DataFrame) else np.arange(len(logits)).astype(str) # of somebody else's loader: the row
         save_npz(self.folder/'oof.npz', ids=ids, classes=np.array(vocab if vocab is not None else range(logits.shape[1])).astype(str), logits=logits, targets=targets)
 
