@@ -513,6 +513,8 @@ def page_font(
     "Hangul for an HTML page, as a font inside of it"
     import base64, io
     from fontTools import subset, ttLib
+    import logging
+    logging.getLogger('fontTools').setLevel(logging.ERROR) # it names every table that it leaves out
     from matplotlib import font_manager
     letters = sorted({c for c in text if ord(c) > 0x10ff})
     if not letters: return ''
