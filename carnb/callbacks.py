@@ -195,7 +195,7 @@ def is_out_of_memory(
     "Was this an allocation that failed (CUDA, MPS, the CPU's allocator)? Illegal accesses and others are not"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(s in text for s in ('out of memory', "can't allocate memory", 'cannot allocate memory', 'not enough memory', 'defaultcpuallocator'))
+    return isinstance(error, RuntimeError) and any(s in text for s in ('out of memory', "can't allocate memory", 'cannot allocate memory', 'not enough memory', 'defaultcpuallocator', 'could not create a primitive', 'could not create a memory')) # the last two: how oneDNN says it
 
 def free_memory(
     device, # torch device
