@@ -165,8 +165,7 @@ class Progress(Callback):
         self.run = is_fit(self.learn)
         if self.run: self.bar = tqdm(total=self.n_epoch*len(self.dls.train), unit='step', leave=False, dynamic_ncols=True, mininterval=.5)
     def before_epoch(self): self.bar.set_description(f'epoch {self.epoch+1}/{self.n_epoch}')
-    def before_train(self): self.bar.n = self.epoch*self.n_iter_train() + getattr(self.learn, 'batches_before', 0)
-    def n_iter_train(self): return len(self.dls.train)
+    def before_train(self): self.bar.n = self.epoch*len(self.dls.train) + getattr(self.learn, 'batches_before', 0)
     def after_batch(self):
         if self.training: self.bar.update()
     def after_fit(self): self.bar.close()

@@ -210,7 +210,7 @@ def champion(
     if path.suffix == '.ckpt':
         try: state, info = read_checkpoint(path)
         except DamagedCheckpoint as e: raise ConfigError(f'checkpoint: {e}') from None
-        model = create_model(cfg.timm_arch, len(cfg.classes), cfg.size, False, cfg.pooling, head=cfg.get('head') or 'linear', head_scale=float((cfg.get('loss_options') or {}).get('scale', 30.)))
+        model = bare_model(cfg)
         model.load_state_dict(state['ema']['model'] if 'ema' in state else state['model'])
         save_weights(target/'weights.safetensors', model, dict(arch=cfg.timm_arch, epoch=int(info.epoch), checkpoint=path.name))
         row = info.metrics

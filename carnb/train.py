@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'SCHEDULE_OPTIONS', 'check_train', 'check_resolved', 'resolve', 'pick_precision', 'device_table',
            'build_learner', 'PredictionGrid', 'device_memory', 'micro_batches', 'loss_of', 'fit_run', 'epochs_of',
-           'prepare', 'start_run', 'train_config', 'train_run', 'load_model', 'tiny_experiment', 'plot_history']
+           'prepare', 'start_run', 'train_config', 'train_run', 'bare_model', 'load_model', 'tiny_experiment',
+           'plot_history']
 
 # %% ../nbs/10_train.ipynb #0e29eecc
 from .core import * # before torch: see OMP_WAIT_POLICY there
@@ -311,13 +312,19 @@ def train_run(
         fit_run(learn, cfg, run)
     return run
 
+def bare_model(
+    cfg, # of a run, `classes` included
+): # model without its weights
+    "The network of a run, for weights to be loaded into"
+    return create_model(cfg.timm_arch, len(cfg.classes), cfg.size, False, cfg.pooling, head=cfg.get('head') or 'linear', head_scale=float((cfg.get('loss_options') or {}).get('scale', 30.)))
+
 def load_model(
     run:Run, # a finished run
     device='cpu', # torch device
 ): # model in eval mode, its config
     "The best epoch's model of a run"
     cfg = run.config
-    model = create_model(cfg.timm_arch, len(cfg.classes), cfg.size, False, cfg.pooling, head=cfg.get('head') or 'linear', head_scale=float((cfg.get('loss_options') or {}).get('scale', 30.)))
+    model = bare_model(cfg)
     model.load_state_dict(load_file(run/'weights.safetensors'))
     return model.to(device, memory_format=torch.channels_last).eval(), cfg
 
