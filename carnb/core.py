@@ -10,7 +10,7 @@ __all__ = ['IN_TEST', 'STAGE_NAMES', 'NOT_IN_HASH', 'FILES_IN_HASH', 'CarnbError
            'environment', 'record_notebook', 'seed_everything', 'item_rng', 'pick_device', 'use_korean_font']
 
 # %% ../nbs/00_core.ipynb #d25e8819
-import ast, contextlib, difflib, errno, functools, hashlib, importlib.metadata, importlib.util, json, os, platform, random, subprocess, sys, typing, warnings
+import ast, contextlib, difflib, errno, functools, hashlib, importlib.metadata, importlib.util, json, os, platform, random, re, subprocess, sys, typing, warnings
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # before torch is loaded; see 'Randomness and device'
 warnings.filterwarnings('ignore', message='IProgress not found') # tqdm, where ipywidgets are not installed
@@ -352,6 +352,7 @@ class _Recorder:
         nb.cells = nb.cells[:1] + nb.cells[start+1:]
         (quiet := logging.getLogger('carnb.html')).setLevel(logging.ERROR) # it would say that pictures have no alternative text
         page, _ = HTMLExporter(log=quiet, exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
+        page = re.sub(r'<script[^>]*\ssrc="https?://[^"]*"[^>]*></script>\s*', '', page) # one file, that asks no other machine
         write_text(self.target.with_suffix('.html'), page)
 
 _recorder = None

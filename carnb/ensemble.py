@@ -798,6 +798,7 @@ def make_ensemble(
     _, blend, used = fitted[chosen][0]
     choice = score_of_choice(models, nested, parts, metric)
     res = AttrDict(models=models, table=table, chosen=chosen, choice=choice, blend=blend, views=used, metric=metric, task=task, oof=nested_log_probs(models, apart[chosen]),
+                   settings=dict(members=list(members), methods=list(methods), temperature=temperature, views=views, seed=seed, n_boot=n_boot),
                    hint=views_hint(models, metric, n_boot, seed) if views == 'all' else '')
     res.test = None if models.test_ids is None else np.exp(blend(models.test(used)).astype('f8'))
     res.csvs = _add_csvs(res, csvs, csv_share)
@@ -831,7 +832,7 @@ def summarise(res)->dict:
         temperature=b.temperature, bias=b.bias, views=res.views or m.views, merge=m.merge, n_photos=len(m.ids), n_test=0 if m.test_ids is None else len(m.test_ids),
         scores=dict(same_photos=row.same_photos, nested=row.nested, low=row.low, high=row.high, choice=res.choice),
         best_single=dict(name=single.combination, score=single.nested), difference=dict(mean=row.vs_single, low=row.vs_low, high=row.vs_high),
-        near_ties=res.table.combination[res.table.note.str.contains('near-tie')].tolist(), combinations=res.table.to_dict('records'), notes=m.notes + [res.hint]*bool(res.hint), environment=environment())
+        near_ties=res.table.combination[res.table.note.str.contains('near-tie')].tolist(), combinations=res.table.to_dict('records'), notes=m.notes + [res.hint]*bool(res.hint), settings=res.settings, environment=environment())
 
 def write_ensemble(experiment, res):
     "Write `ensemble.json`, `oof.npz` (nested probabilities) and `probs.npz` (test), whole or not at all"

@@ -20,7 +20,7 @@ from .metrics import *
 from .backbones import model_stats
 from .tasks import *
 from .train import load_model
-from .predict import experiment_data, tiny_predictions
+from .predict import experiment_data, prediction_dataset, tiny_predictions
 from .ensemble import METHODS, candidates, fit_temperature, load_models, outer_parts, score_candidates, temper, verdict
 
 # %% ../nbs/16_report.ipynb #b7902cfc
@@ -285,9 +285,8 @@ def photo_tensor(
     cfg, # config of a run
 )->torch.Tensor: # (3, h, w), normalised
     "The photo as a run's network sees it at prediction"
-    size = tuple(cfg.size)
-    folder, name = Path(path).parent, Path(path).name
-    ds = PhotoDataset(pd.DataFrame(dict(id=[name], path=[name])), folder, cfg.classes, (None, valid_transform(size, cfg.fit)), min_size=decode_size(size, 1.))
+    name = Path(path).name
+    ds = prediction_dataset(pd.DataFrame(dict(id=[name], path=[name])), Path(path).parent, cfg)
     mean, std = (torch.tensor(o).view(3, 1, 1) for o in model_stats(cfg.timm_arch))
     return (ds[0][0].as_subclass(torch.Tensor).float()/255 - mean)/std
 
@@ -406,7 +405,7 @@ def ensemble_gains(
     s = summary
     models = load_models(experiment, [m['name'] for m in s['members']], s['merge'])
     method = next(c for c in [s['method'], *(o['combination'] for o in s['combinations']), 'linear'] if c in METHODS and c != 'single')
-    temperature = any(o['combination'].endswith(', temperature') for o in s['combinations']) or s['metric'] != 'log_loss' and s['temperature'] != 1
+    temperature = s['settings']['temperature']
     weights = [m['weight'] for m in s['members']] if s['method'] == 'given' else None
     return member_gains(models, method, list(s['views']), s['metric'], temperature, weights, **kwargs), method, models
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'SCHEDULE_OPTIONS', 'check_train', 'check_resolved', 'resolve', 'pick_precision', 'device_table',
-           'build_learner', 'PredictionGrid', 'device_memory', 'micro_batches', 'loss_of', 'fit_run', 'epochs_of',
-           'prepare', 'start_run', 'train_config', 'train_run', 'bare_model', 'load_model', 'tiny_experiment',
-           'plot_history']
+           'build_learner', 'PredictionGrid', 'device_memory', 'planned_step', 'micro_batches', 'loss_of', 'fit_run',
+           'epochs_of', 'prepare', 'start_run', 'train_config', 'train_run', 'bare_model', 'load_model',
+           'tiny_experiment', 'plot_history']
 
 # %% ../nbs/10_train.ipynb #0e29eecc
 from .core import * # before torch: see OMP_WAIT_POLICY there
@@ -212,6 +212,15 @@ def device_memory(
     import psutil
     return psutil.virtual_memory().available
 
+def planned_step(
+    cfg, # resolved configuration
+    n_classes:int, # classes
+    device, # torch device
+)->AttrDict: # micro_batch, accumulation, batch_size, peak, budget
+    "The step of a run in the fewest parts that `memory_budget` or else the device can hold; `ConfigError` when one photo is too much"
+    return fit_batch(cfg.timm_arch, tuple(cfg.size), cfg.batch_size, cfg.memory_budget or device_memory(device), precision=pick_precision(cfg.precision, device), optimizer=cfg.optimizer, n_classes=n_classes, device=device.type,
+                     ema=bool(cfg.ema), grad_checkpointing=cfg.grad_checkpointing, validate=2., pooling=cfg.pooling, head=cfg.head, drop_path=cfg.drop_path)
+
 def micro_batches(
     cfg, # resolved configuration
     n_classes:int, # classes
@@ -219,11 +228,9 @@ def micro_batches(
 )->int: # parts that a batch is cut into
     "`accumulation`, or more when `memory_budget` (or `batch_size auto`) asks for it and the predicted peak is too much"
     if not cfg.get('fit_memory'): return cfg.accumulation
-    budget = cfg.memory_budget or device_memory(device)
-    fit = fit_batch(cfg.timm_arch, tuple(cfg.size), cfg.batch_size, budget, precision=pick_precision(cfg.precision, device), optimizer=cfg.optimizer, n_classes=n_classes, device=device.type, ema=bool(cfg.ema),
-                    grad_checkpointing=cfg.grad_checkpointing, validate=2., pooling=cfg.pooling, head=cfg.head, drop_path=cfg.drop_path)
+    fit = planned_step(cfg, n_classes, device)
     n = max(cfg.accumulation, fit.accumulation)
-    print(f'memory: {fit.peak.total/1e9:.2f} GB predicted of {parse_bytes(budget)/1e9:.2f} GB: steps of {cfg.batch_size} photos' + (f' in {n} parts of {cfg.batch_size//n} (BatchNorm sees the parts)' if n > 1 else ', in one part'))
+    print(f'memory: {fit.peak.total/1e9:.2f} GB predicted of {fit.budget/1e9:.2f} GB: steps of {cfg.batch_size} photos' + (f' in {n} parts of {cfg.batch_size//n} (BatchNorm sees the parts)' if n > 1 else ', in one part'))
     return n
 
 def loss_of(
@@ -257,8 +264,9 @@ def fit_run(
                    micro_batches=learn.micro_batches.n, checkpoint_seconds=learn.checkpoints.seconds, memory_gb=max(r['memory_gb'] for r in h.rows))
     if p: metrics['gem_p'] = p
     write_json(run/'metrics.json', metrics)
-    for c in list_checkpoints(run/'checkpoints', cfg.fold): # the run is done: nothing goes on from here
-        if cfg.keep_checkpoints == 'none' or cfg.keep_checkpoints == 'best' and not get_checkpoint_info(c).get('is_best'): c.unlink()
+    if cfg.keep_checkpoints == 'best': cleanup_old_checkpoints(run/'checkpoints', cfg.fold, keep_last=0) # the run is done: nothing goes on from here
+    if cfg.keep_checkpoints == 'none':
+        for c in list_checkpoints(run/'checkpoints', cfg.fold): c.unlink()
     return metrics
 
 def epochs_of(
