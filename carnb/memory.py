@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'PHASES', 'GB', 'GIB', 'OVERHEAD', 'DEVICES', 'CLAIMS', 'Pea
 
 # %% ../nbs/08_memory.ipynb #833879e0
 from .core import * # before torch: see OMP_WAIT_POLICY there
-import contextlib, datetime, functools, gc, hashlib, inspect, json, math, platform, re, subprocess, sys, warnings
+import contextlib, datetime, functools, gc, hashlib, inspect, json, math, os, platform, re, subprocess, sys, warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np, pandas as pd, timm, torch, torch.nn.functional as F
@@ -56,10 +56,49 @@ class _Tracker(TorchDispatchMode):
             self.now[part] += e[0]
             e[1] = part
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        out = _shortcut(func, args)
+        if out is _RUN: out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor): self.add(t)
         return out
+
+# Most of the time would go into shapes and orders that the meta device works out in Python. Where they are known beforehand nothing is run.
+_INPLACE = {f'{p}{o}_' for o in 'add sub mul div addcmul addcdiv lerp copy zero fill neg sqrt pow clamp clamp_min clamp_max relu silu hardtanh bernoulli uniform'.split() for p in ('', '_foreach_')}
+_SAME = set('sqrt neg exp relu silu gelu sigmoid tanh add sub mul div silu_backward gelu_backward threshold_backward hardtanh_backward'.split())
+
+@functools.cache
+def _kind(func):
+    "What is known of an operation"
+    if func.namespace != 'aten' or func._overloadname in ('out', 'grad_input'): return None
+    name = func._schema.name.removeprefix('aten::')
+    return 'inplace' if name in _INPLACE else 'same' if name in _SAME else 'each' if name.removeprefix('_foreach_') in _SAME else name if name in ('native_batch_norm', 'native_batch_norm_backward') else None
+
+def _dense(t): return t.is_meta and t.is_floating_point() and (t.is_contiguous() or t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last))
+
+_RUN = object() # nothing is known: run it
+
+def _like(a, others):
+    "An empty tensor as an elementwise operation returns it, when its tensors all have one shape, order and type"
+    if not isinstance(a, torch.Tensor) or not _dense(a): return _RUN
+    if any(isinstance(b, torch.Tensor) and (b.shape != a.shape or b.dtype != a.dtype or b.stride() != a.stride()) for b in others): return _RUN
+    return torch.empty_like(a)
+
+def _shortcut(func, args):
+    "What `func` returns, without running it; `_RUN` when that is not known"
+    kind = _kind(func)
+    if kind is None or not args: return _RUN
+    if kind == 'same': return _like(args[0], args[1:])
+    if kind == 'inplace':
+        if isinstance(args[0], torch.Tensor): return args[0] if args[0].is_meta else _RUN
+        return None if all(t.is_meta for t in args[0]) else _RUN
+    if kind == 'each':
+        lists = [a for a in args[1:] if isinstance(a, (list, tuple)) and isinstance(a[0], torch.Tensor)]
+        res = [_like(t, [l[i] for l in lists]) for i,t in enumerate(args[0])]
+        return _RUN if any(t is _RUN for t in res) else res
+    x, train = (args[0], args[5]) if kind == 'native_batch_norm' else (args[1], args[7])
+    if not train or not _dense(x) or kind.endswith('backward') and args[0].stride() != x.stride(): return _RUN
+    stat = torch.empty(x.shape[1], dtype=torch.float32, device='meta')
+    return torch.empty_like(x), stat, torch.empty_like(stat)
 
 # %% ../nbs/08_memory.ipynb #f407e374
 _LOWER = set("""conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution prelu addmm addmv addr matmul einsum mm mv vecdot linear addbmm baddbmm bmm chain_matmul
@@ -242,11 +281,12 @@ def _code():
     text = text[:text.index('class Peak')] # what follows reads the lines, it does not make them
     return hashlib.sha256((text + ''.join(file_hash(inspect.getsourcefile(f)) for f in (create_model, replace_pooling))).encode()).hexdigest()[:16]
 
+def _lines_file(s): return runs_dir()/'.cache/memory'/f'{hashlib.sha256(repr((s, torch.__version__, timm.__version__, _code())).encode()).hexdigest()[:24]}.npz'
+
 @functools.lru_cache(4096)
 def _lines(s):
     "The lines of a setting, from the cache or from two recordings"
-    key = hashlib.sha256(repr((s, torch.__version__, timm.__version__, _code())).encode()).hexdigest()[:24]
-    file = runs_dir()/'.cache/memory'/f'{key}.npz'
+    file = _lines_file(s)
     with contextlib.suppress(Exception): # missing or damaged: made again
         return _Lines(**{k: v if v.ndim else v.item() for k,v in load_npz(file).items()})
     n, m = _PROBES
@@ -343,6 +383,25 @@ def _setting(arch, img_size, precision, optimizer, n_classes, device, train, cut
     return _Setting(preset.arch, tuple(canvas(img_size or preset.img_size)), precision, optimizer if train else '', n_classes, device, train, cut and train, ema and train, grad_checkpointing and train, freeze and train, 1 if train else views,
                     device == 'cuda' if foreach is None else foreach, channels_last, float(validate), pooling, head, preset.drop_path if drop_path is None else drop_path, attention or _ATTENTION[device])
 
+_DEFAULTS = dict(img_size=None, precision='fp32', optimizer='adamw', n_classes=396, device='cuda', train=True, ema=False, grad_checkpointing=False, freeze=False, views=1, foreach=None, channels_last=True, validate=0.,
+                 pooling='native', head='linear', drop_path=None, attention=None) # of `predict_peak`
+
+def _one_thread(): torch.set_num_threads(1)
+
+def _quietly(s):
+    with contextlib.suppress(CarnbError): _lines(s)
+
+def _record_all(settings):
+    "Fill the cache on all cores, where processes can be forked; what fails is told when it is asked for"
+    todo = [s for s in dict.fromkeys(settings) if not _lines_file(s).exists()]
+    n = min(os.cpu_count() or 1, len(todo))
+    if n < 2 or sys.platform != 'linux' or torch.cuda.is_initialized(): return
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # Python 3.12 warns of forks beside threads; the children compute no numbers
+        with ProcessPoolExecutor(n, get_context('fork'), _one_thread) as pool: list(pool.map(_quietly, todo))
+
 def _peak(s, batch_size, accumulation=1):
     photos = math.ceil(batch_size/accumulation)
     parts, phase = _lines(s).at(photos)
@@ -385,8 +444,7 @@ def _ask(arch, img_size, batch_size, budget, margin, settings):
     problems = memory_problems(arch, img_size, batch_size, budget=budget, **{k: v for k,v in settings.items() if k in ('precision', 'optimizer', 'device', 'n_classes')})
     if not 0 <= margin < 1: problems.append(f'margin: {margin}; expected 0 to less than 1')
     raise_problems('no batch can be chosen', problems, ConfigError)
-    known = dict(img_size=img_size, precision='fp32', optimizer='adamw', n_classes=396, device='cuda', train=True, ema=False, grad_checkpointing=False, freeze=False, views=1, foreach=None, channels_last=True, validate=0.,
-                 pooling='native', head='linear', drop_path=None, attention=None)
+    known = _DEFAULTS | dict(img_size=img_size)
     raise_problems('no batch can be chosen', [f'{k}: unknown{did_you_mean(k, known)}' for k in settings if k not in known], ConfigError)
     fixed, share = OVERHEAD[settings.get('device', 'cuda')]
     return (parse_bytes(budget)*(1-margin) - fixed)/(1+share) - 2, functools.partial(_setting, arch, **(known | settings))
@@ -449,6 +507,7 @@ def study(
     own_sizes = {a: [s for s in dict.fromkeys(find_preset(a).img_size if s == 'own' else s for s in (sizes or ['own']))] for a in archs}
     problems = [q for a in archs for s in own_sizes[a] for b in (batches or [None]) for q in memory_problems(a, s, b)]
     raise_problems('the study cannot be made', list(dict.fromkeys(problems)), ConfigError)
+    _record_all(_setting(a, **(_DEFAULTS | dict(img_size=px, precision=kinds[k], device=k, cut=False) | settings)) for a in archs for px in own_sizes[a] for k in kinds)
     rows = []
     for a in progress(archs) if progress else archs:
         for px in own_sizes[a]:
@@ -496,6 +555,7 @@ def compare_claims(
 )->pd.DataFrame: # the claim, then GiB on the 24 GB Mac (fp32) and on CUDA (fp32, bf16), and the verdict
     "The manual's table beside the computed one"
     rows, usable = [], DEVICES['apple 24'][1]*GIB
+    _record_all(_setting(c['arch'], **(_DEFAULTS | dict(img_size=c['px'], precision=p, device=d, n_classes=17, cut=False))) for c in CLAIMS for d,p in (('mps', 'fp32'), ('cuda', 'fp32'), ('cuda', 'bf16')))
     for c in progress(CLAIMS) if progress else CLAIMS:
         def total(device, precision): return predict_peak(c['arch'], c['px'], c['batch'], precision, n_classes=17, device=device).total
         mac = total('mps', 'fp32')
@@ -579,7 +639,5 @@ def measure_step(
 def _answer(ask):
     "What the process of `measure_step` runs"
     device = torch.device(ask['device'])
-    known = dict(optimizer='adamw', n_classes=396, train=True, ema=False, grad_checkpointing=False, freeze=False, views=1, foreach=None, channels_last=True, validate=0., pooling='native', head='linear', drop_path=None, attention=None)
-    q = known | {k: v for k,v in ask.items() if k not in ('device', 'batch_size', 'img_size')}
-    s = _setting(img_size=tuple(ask['img_size']), device=device.type, cut=False, **q)
+    s = _setting(cut=False, **(_DEFAULTS | {k: v for k,v in ask.items() if k != 'batch_size'} | dict(img_size=tuple(ask['img_size']), device=device.type)))
     print('measured: ' + json.dumps(_measure_here(s, ask['batch_size'], device)), flush=True)
