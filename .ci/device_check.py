@@ -53,7 +53,7 @@ def main():
         (w, m, speed), (v, n, _) = result('device_check_whole'), result('device_check_killed')
         same, score = w == v and m['score'] == n['score'], m['score']
     print('memory study ...', flush=True)
-    memory = subprocess.run([str(BIN/'carnb'), 'memory', '-p', 'measure', 'true', '-p', 'archs', 'resnet34,convnext_tiny', '-p', 'device', DEVICE], cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    memory = subprocess.run([str(BIN/'carnb'), 'memory', '-p', 'measure', 'true', '-p', 'archs', 'resnet34,convnext_tiny', '-p', 'img_size', '224', '-p', 'batch_size', '8', '-p', 'device', DEVICE], cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     e = environment()
     row = dict(date=time.strftime('%Y-%m-%d'), device=str(device), name=name, system=platform.platform(), python=e['python'], torch=e['torch'], timm=e['timm'], fastai=e['fastai'], git=e['git'], trained=ok,
                resume_identical=same, images_s=speed and round(speed), score=score, memory_study=memory.returncode == 0, minutes=round((time.time()-t0)/60, 1))

@@ -140,7 +140,7 @@ def _try(t, v):
         try: return True, float(v)
         except (TypeError, ValueError): return False, v
     if t is list:
-        if isinstance(v, str): v = [o.strip() for o in v.strip('[]').split(',') if o.strip()]
+        if isinstance(v, str): v = yaml.safe_load(v) if v.startswith('[') and re.search(r'[{\'"]|\[.*\[', v) else [o.strip() for o in v.strip('[]').split(',') if o.strip()]
         if isinstance(v, (int, float)): v = [v]
         return isinstance(v, (list, tuple)), list(v) if isinstance(v, (list, tuple)) else v
     if t is dict: return isinstance(v, dict), v
