@@ -140,7 +140,10 @@ def _try(t, v):
         try: return True, float(v)
         except (TypeError, ValueError): return False, v
     if t is list:
-        if isinstance(v, str): v = yaml.safe_load(v) if v.startswith('[') and re.search(r'[{\'"]|\[.*\[', v) else [o.strip() for o in v.strip('[]').split(',') if o.strip()]
+        if isinstance(v, str) and re.match(r'\s*\[.*[{\[\'"]', v, re.S): # YAML, where commas do not only separate
+            try: v = yaml.safe_load(v)
+            except yaml.YAMLError: return False, v
+        if isinstance(v, str): v = [o.strip() for o in v.strip().strip('[]').split(',') if o.strip()]
         if isinstance(v, (int, float)): v = [v]
         return isinstance(v, (list, tuple)), list(v) if isinstance(v, (list, tuple)) else v
     if t is dict: return isinstance(v, dict), v
@@ -352,7 +355,7 @@ class _Recorder:
         nb.cells = nb.cells[:1] + nb.cells[start+1:]
         (quiet := logging.getLogger('carnb.html')).setLevel(logging.ERROR) # it would say that pictures have no alternative text
         page, _ = HTMLExporter(log=quiet, exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
-        page = re.sub(r'<script[^>]*\ssrc="https?://[^"]*"[^>]*></script>\s*', '', page) # one file, that asks no other machine
+        page = re.sub(r'<script[^>]*\ssrc="https?://[^"]*"[^>]*>\s*</script>\s*', '', page) # one file, that asks no other machine
         write_text(self.target.with_suffix('.html'), page)
 
 _recorder = None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'PHASES', 'GB', 'GIB', 'OVERHEAD', 'DEVICES', 'CLAIMS', 'Peak', 'parse_bytes', 'memory_problems',
-           'predict_peak', 'largest_batch', 'fit_batch', 'verdict', 'study', 'plot_study', 'compare_claims',
-           'peak_resident', 'measure_step']
+           'unknown_settings', 'predict_peak', 'largest_batch', 'fit_batch', 'verdict', 'study', 'plot_study',
+           'compare_claims', 'peak_resident', 'measure_step']
 
 # %% ../nbs/08_memory.ipynb #833879e0
 from .core import * # before torch: see OMP_WAIT_POLICY there
@@ -386,6 +386,10 @@ def _setting(arch, img_size, precision, optimizer, n_classes, device, train, cut
 _DEFAULTS = dict(img_size=None, precision='fp32', optimizer='adamw', n_classes=396, device='cuda', train=True, ema=False, grad_checkpointing=False, freeze=False, views=1, foreach=None, channels_last=True, validate=0.,
                  pooling='native', head='linear', drop_path=None, attention=None) # of `predict_peak`
 
+def unknown_settings(settings)->list[str]:
+    "Names that `predict_peak` does not know"
+    return [f'{k}: unknown{did_you_mean(k, _DEFAULTS)}' for k in settings if k not in _DEFAULTS]
+
 def _one_thread(): torch.set_num_threads(1)
 
 def _quietly(s):
@@ -396,9 +400,9 @@ def _record_all(settings):
     todo = [s for s in dict.fromkeys(settings) if not _lines_file(s).exists()]
     n = min(os.cpu_count() or 1, len(todo))
     if n < 2 or sys.platform != 'linux' or torch.cuda.is_initialized(): return
-    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
     from multiprocessing import get_context
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.suppress(BrokenProcessPool):
         warnings.simplefilter('ignore') # Python 3.12 warns of forks beside threads; the children compute no numbers
         with ProcessPoolExecutor(n, get_context('fork'), _one_thread) as pool: list(pool.map(_quietly, todo))
 
@@ -445,7 +449,7 @@ def _ask(arch, img_size, batch_size, budget, margin, settings):
     if not 0 <= margin < 1: problems.append(f'margin: {margin}; expected 0 to less than 1')
     raise_problems('no batch can be chosen', problems, ConfigError)
     known = _DEFAULTS | dict(img_size=img_size)
-    raise_problems('no batch can be chosen', [f'{k}: unknown{did_you_mean(k, known)}' for k in settings if k not in known], ConfigError)
+    raise_problems('no batch can be chosen', unknown_settings(settings), ConfigError)
     fixed, share = OVERHEAD[settings.get('device', 'cuda')]
     return (parse_bytes(budget)*(1-margin) - fixed)/(1+share) - 2, functools.partial(_setting, arch, **(known | settings))
 
@@ -502,7 +506,8 @@ def study(
     "A row per model, size, batch and device; all impossible ones are named before anything is computed"
     archs, devices = list(archs or PRESETS), DEVICES if devices is None else devices if isinstance(devices, dict) else {d: DEVICES[d] for d in devices}
     kinds = {k: ('bf16' if k == 'cuda' else 'fp32') if precision == 'auto' else precision for k,_ in devices.values()}
-    problems = [q for a in archs for q in memory_problems(a, precision='fp32' if precision == 'auto' else precision, optimizer=settings.get('optimizer', 'adamw'))]
+    problems = [f'devices: kind {k!r} of {n}; expected {", ".join(OVERHEAD)}' for n,(k,_) in devices.items() if k not in OVERHEAD] + unknown_settings(settings)
+    problems += [q for a in archs for q in memory_problems(a, precision='fp32' if precision == 'auto' else precision, optimizer=settings.get('optimizer', 'adamw'))]
     raise_problems('the study cannot be made', list(dict.fromkeys(problems)), ConfigError)
     own_sizes = {a: [s for s in dict.fromkeys(find_preset(a).img_size if s == 'own' else s for s in (sizes or ['own']))] for a in archs}
     problems = [q for a in archs for s in own_sizes[a] for b in (batches or [None]) for q in memory_problems(a, s, b)]

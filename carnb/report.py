@@ -405,7 +405,7 @@ def ensemble_gains(
     s = summary
     models = load_models(experiment, [m['name'] for m in s['members']], s['merge'])
     method = next(c for c in [s['method'], *(o['combination'] for o in s['combinations']), 'linear'] if c in METHODS and c != 'single')
-    temperature = s['settings']['temperature']
+    temperature = s.get('settings', {}).get('temperature', True)
     weights = [m['weight'] for m in s['members']] if s['method'] == 'given' else None
     return member_gains(models, method, list(s['views']), s['metric'], temperature, weights, **kwargs), method, models
 

@@ -25,7 +25,7 @@ from .losses import LOSSES, head_problem, loss_parameters, make_loss, takes_soft
 from .metrics import METRICS, softmax
 from .backbones import *
 from .pooling import POOLINGS, pooling_p
-from .memory import fit_batch, parse_bytes
+from .memory import fit_batch, parse_bytes, predict_peak
 from .tasks import *
 from .callbacks import *
 from .checkpoint import *
@@ -216,21 +216,23 @@ def planned_step(
     cfg, # resolved configuration
     n_classes:int, # classes
     device, # torch device
-)->AttrDict: # micro_batch, accumulation, batch_size, peak, budget
-    "The step of a run in the fewest parts that `memory_budget` or else the device can hold; `ConfigError` when one photo is too much"
-    return fit_batch(cfg.timm_arch, tuple(cfg.size), cfg.batch_size, cfg.memory_budget or device_memory(device), precision=pick_precision(cfg.precision, device), optimizer=cfg.optimizer, n_classes=n_classes, device=device.type,
-                     ema=bool(cfg.ema), grad_checkpointing=cfg.grad_checkpointing, validate=2., pooling=cfg.pooling, head=cfg.head, drop_path=cfg.drop_path)
+)->AttrDict: # accumulation (parts), peak, budget in bytes
+    "The step of a run and its predicted peak: in `accumulation` parts, or more when `memory_budget` (or `batch_size auto`) asks for it; `ConfigError` when one photo is too much"
+    step = dict(precision=pick_precision(cfg.precision, device), optimizer=cfg.optimizer, n_classes=n_classes, device=device.type, ema=bool(cfg.ema), grad_checkpointing=cfg.grad_checkpointing, validate=2., pooling=cfg.pooling, head=cfg.head, drop_path=cfg.drop_path)
+    budget, n = parse_bytes(cfg.memory_budget or device_memory(device)), cfg.accumulation
+    if cfg.fit_memory: n = max(n, fit_batch(cfg.timm_arch, tuple(cfg.size), cfg.batch_size, budget, **step).accumulation)
+    return AttrDict(accumulation=n, peak=predict_peak(cfg.timm_arch, tuple(cfg.size), cfg.batch_size, accumulation=n, **step), budget=budget)
 
 def micro_batches(
     cfg, # resolved configuration
     n_classes:int, # classes
     device, # torch device
 )->int: # parts that a batch is cut into
-    "`accumulation`, or more when `memory_budget` (or `batch_size auto`) asks for it and the predicted peak is too much"
+    "`accumulation`, or what `planned_step` says when the memory is to be looked at"
     if not cfg.get('fit_memory'): return cfg.accumulation
-    fit = planned_step(cfg, n_classes, device)
-    n = max(cfg.accumulation, fit.accumulation)
-    print(f'memory: {fit.peak.total/1e9:.2f} GB predicted of {fit.budget/1e9:.2f} GB: steps of {cfg.batch_size} photos' + (f' in {n} parts of {cfg.batch_size//n} (BatchNorm sees the parts)' if n > 1 else ', in one part'))
+    step = planned_step(cfg, n_classes, device)
+    n = step.accumulation
+    print(f'memory: {step.peak.total/1e9:.2f} GB predicted of {step.budget/1e9:.2f} GB: steps of {cfg.batch_size} photos' + (f' in {n} parts of {cfg.batch_size//n} (BatchNorm sees the parts)' if n > 1 else ', in one part'))
     return n
 
 def loss_of(
