@@ -20,6 +20,9 @@ from fastcore.basics import AttrDict
 # %% ../nbs/00_core.ipynb #27277be1
 class CarnbError(Exception):
     "A problem the user can solve: the message says what is wrong and what to do"
+    _problems = None
+    @property
+    def problems(self)->list[str]: return self._problems or [str(self)] # what is wrong, one line each
     def _render_traceback_(self): return [f'{type(self).__name__}: {self}']
 
 class ConfigError(CarnbError): "Settings that are unknown, impossible or contradictory"
@@ -35,7 +38,9 @@ def raise_problems(
     "Raise one `error` that names all `problems`"
     if not problems: return
     more = [f'... and {len(problems)-limit} more'] if len(problems) > limit else []
-    raise error('\n  - '.join([title, *problems[:limit], *more]))
+    e = error('\n  - '.join([title, *problems[:limit], *more]))
+    e._problems = list(problems)
+    raise e
 
 def did_you_mean(
     name:str, # what was written

@@ -70,7 +70,7 @@ def plan_grid(
     for i,c in enumerate(cells):
         try: cfg = train_config(**c)
         except ConfigError as e:
-            problems += [f'cell {i}: {line.strip(" -")}' for line in str(e).splitlines()[1:]]
+            problems += [f'cell {i}: {o}' for o in e.problems]
             continue
         if data is None: data = read_data(get_task(cfg.task), cfg.data_dir, cfg.merges, options=cfg.data_options)
         comp = data[0]

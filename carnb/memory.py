@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'PHASES', 'GB', 'GIB', 'OVERHEAD', 'DEVICES', 'CLAIMS', 'Peak', 'parse_bytes', 'memory_problems',
-           'unknown_settings', 'predict_peak', 'largest_batch', 'fit_batch', 'verdict', 'study', 'plot_study',
-           'compare_claims', 'peak_resident', 'measure_step']
+           'predict_peak', 'largest_batch', 'fit_batch', 'verdict', 'study', 'plot_study', 'compare_claims',
+           'peak_resident', 'measure_step']
 
 # %% ../nbs/08_memory.ipynb #833879e0
 from .core import * # before torch: see OMP_WAIT_POLICY there
@@ -386,7 +386,7 @@ def _setting(arch, img_size, precision, optimizer, n_classes, device, train, cut
 _DEFAULTS = dict(img_size=None, precision='fp32', optimizer='adamw', n_classes=396, device='cuda', train=True, ema=False, grad_checkpointing=False, freeze=False, views=1, foreach=None, channels_last=True, validate=0.,
                  pooling='native', head='linear', drop_path=None, attention=None) # of `predict_peak`
 
-def unknown_settings(settings)->list[str]:
+def _unknown(settings)->list[str]:
     "Names that `predict_peak` does not know"
     return [f'{k}: unknown{did_you_mean(k, _DEFAULTS)}' for k in settings if k not in _DEFAULTS]
 
@@ -447,11 +447,9 @@ def _ask(arch, img_size, batch_size, budget, margin, settings):
     "Checked budget in bytes that the counted tensors may take, and the setting"
     problems = memory_problems(arch, img_size, batch_size, budget=budget, **{k: v for k,v in settings.items() if k in ('precision', 'optimizer', 'device', 'n_classes')})
     if not 0 <= margin < 1: problems.append(f'margin: {margin}; expected 0 to less than 1')
-    raise_problems('no batch can be chosen', problems, ConfigError)
-    known = _DEFAULTS | dict(img_size=img_size)
-    raise_problems('no batch can be chosen', unknown_settings(settings), ConfigError)
+    raise_problems('no batch can be chosen', problems + _unknown(settings), ConfigError)
     fixed, share = OVERHEAD[settings.get('device', 'cuda')]
-    return (parse_bytes(budget)*(1-margin) - fixed)/(1+share) - 2, functools.partial(_setting, arch, **(known | settings))
+    return (parse_bytes(budget)*(1-margin) - fixed)/(1+share) - 2, functools.partial(_setting, arch, **(_DEFAULTS | dict(img_size=img_size) | settings))
 
 def largest_batch(
     arch:str, # preset key or timm name
@@ -506,7 +504,7 @@ def study(
     "A row per model, size, batch and device; all impossible ones are named before anything is computed"
     archs, devices = list(archs or PRESETS), DEVICES if devices is None else devices if isinstance(devices, dict) else {d: DEVICES[d] for d in devices}
     kinds = {k: ('bf16' if k == 'cuda' else 'fp32') if precision == 'auto' else precision for k,_ in devices.values()}
-    problems = [f'devices: kind {k!r} of {n}; expected {", ".join(OVERHEAD)}' for n,(k,_) in devices.items() if k not in OVERHEAD] + unknown_settings(settings)
+    problems = [f'devices: kind {k!r} of {n}; expected {", ".join(OVERHEAD)}' for n,(k,_) in devices.items() if k not in OVERHEAD] + _unknown(settings)
     problems += [q for a in archs for q in memory_problems(a, precision='fp32' if precision == 'auto' else precision, optimizer=settings.get('optimizer', 'adamw'))]
     raise_problems('the study cannot be made', list(dict.fromkeys(problems)), ConfigError)
     own_sizes = {a: [s for s in dict.fromkeys(find_preset(a).img_size if s == 'own' else s for s in (sizes or ['own']))] for a in archs}

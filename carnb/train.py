@@ -51,7 +51,7 @@ def check_train(
         except ValueError as e: p.append(f'img_size: {cfg.img_size!r}; expected a number of px or h,w')
     among('schedule', SCHEDULES); among('loss', LOSSES); among('pooling', POOLINGS); among('precision', PRECISIONS); among('fit', FITS); among('head_init', HEAD_INITS); among('head', HEADS); among('keep_checkpoints', ('none', 'best', 'all'))
     for t in cfg.tracking: among('tracking', TRACKERS, t)
-    within('n_folds', 2, 100); within('epochs', 1, 10_000); 
+    within('n_folds', 2, 100); within('epochs', 1, 10_000)
     if isinstance(cfg.batch_size, str) and cfg.batch_size != 'auto': p.append(f'batch_size: {cfg.batch_size!r}; expected a number, or auto')
     elif cfg.batch_size != 'auto': within('batch_size', 1, 65_536)
     if cfg.memory_budget is not None:
