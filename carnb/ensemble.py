@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['FLOOR', 'MERGES', 'METHODS', 'DEFAULT_METHODS', 'Logits', 'Probs', 'merge_views', 'temper', 'fit_temperature',
            'optimise_weights', 'weights_gap', 'optimise_log_pool', 'optimise_stack', 'greedy_selection',
-           'search_offsets', 'Blend', 'refine_weights', 'fit_blend', 'Models', 'load_models', 'choose_views',
-           'outer_parts', 'candidates', 'cross_fit', 'Scored', 'score_candidates', 'nested_log_probs',
-           'combinations_table', 'score_of_choice', 'chosen_row', 'read_csv_member', 'check_ensemble', 'given_weights',
-           'views_hint', 'make_ensemble', 'summarise', 'write_ensemble', 'verdict', 'plot_scores', 'plot_weights',
-           'plot_reliability']
+           'search_offsets', 'Blend', 'log_blend', 'refine_weights', 'fit_blend', 'Models', 'load_models',
+           'choose_views', 'best_views', 'outer_parts', 'candidates', 'cross_fit', 'Scored', 'score_candidates',
+           'nested_log_probs', 'leaders', 'combinations_table', 'chosen_row', 'nested_choice', 'read_csv_member',
+           'number', 'counted', 'rounded', 'shown_path', 'check_ensemble', 'given_weights', 'views_hint', 'top_models',
+           'no_better_than_guessing', 'choose', 'summarise', 'write_ensemble', 'make_ensemble', 'verdict',
+           'expectation', 'plot_scores', 'plot_weights', 'plot_reliability']
 
 # %% ../nbs/13_ensemble.ipynb #fcbf7ece
-import functools, typing
+import contextlib, functools, hashlib, json, typing, zipfile
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 import numpy as np, pandas as pd
 from scipy.optimize import minimize, nnls
 from .core import *
@@ -276,6 +278,15 @@ class Blend:
         x = temper(self.pool(log_probs), self.temperature)
         return x if self.bias is None else log_softmax(x + self.bias.astype('f4'))
 
+# %% ../nbs/13_ensemble.ipynb #e13a0002
+def log_blend(
+    exponents, # (M,) from `optimise_log_pool`, >= 0
+)->Blend:
+    "The logarithmic pool with these exponents; with none above 0 it is the uniform guess"
+    a = np.asarray(exponents, dtype='f8')
+    if a.sum() < 1e-6: return Blend('log', np.full(len(a), 1/len(a)), None, 1e6)
+    return Blend('log', a/a.sum(), None, float(1/a.sum()))
+
 # %% ../nbs/13_ensemble.ipynb #900d6853
 def refine_weights(
     probs, # (M, n, C) float32
@@ -325,9 +336,7 @@ def fit_blend(
     "Fit one method"
     if method not in METHODS: raise ConfigError(f'methods: {method!r} is unknown{did_you_mean(method, METHODS)}; there is {", ".join(METHODS)}')
     M, T = len(log_probs), temperatures
-    if method == 'log':
-        a = optimise_log_pool(log_probs, targets)
-        return Blend('log', a/a.sum(), None, float(1/a.sum()))
+    if method == 'log': return log_blend(optimise_log_pool(log_probs, targets))
     if method == 'stack':
         w, bias = optimise_stack(log_probs, targets)
         return Blend('log', w, bias=bias)
@@ -401,7 +410,13 @@ class Models:
         return self.cache[key]
     def view_probs(self)->np.ndarray: # (V, n, C), mean over models
         "Probabilities per view of `views`"
-        return np.stack([np.exp(self.oof([v])).mean(0) for v in self.views])
+        if 'views' not in self.cache: self.cache['views'] = np.stack([self._one_view(v) for v in self.views])
+        return self.cache['views']
+    def _one_view(self, view):
+        "Mean over models of one view; the models' own are not kept, they are large"
+        p = np.exp(self.oof([view])).mean(0)
+        if len(self.views) > 1: del self.cache['oof', (view,)]
+        return p
     def keep(self, which):
         "Only these models (indices)"
         return replace(self, names=[self.names[i] for i in which], runs=[self.runs[i] for i in which], weights=self.weights[which], cache={})
@@ -542,6 +557,16 @@ def choose_views(
         best, chosen = scores[k], chosen+[rest[k]]
     return chosen
 
+# %% ../nbs/13_ensemble.ipynb #e13a0006
+def best_views(
+    models, # `Models`
+    metric:str='log_loss', # key of METRICS
+    rows=slice(None), # photos that may be looked at
+)->list[str]: # names, in the order of `models.views`
+    "Views that help on these photos"
+    chosen = choose_views(models.view_probs()[:, rows], models.targets[rows], metric)
+    return [models.views[v] for v in sorted(chosen)]
+
 # %% ../nbs/13_ensemble.ipynb #7932aa1e
 def outer_parts(
     models:Models,
@@ -584,8 +609,7 @@ def cross_fit(
     for k in ([None] if parts is None else np.unique(parts)):
         train = np.arange(n) if k is None else np.flatnonzero(parts != k)
         rows = np.arange(n) if k is None else np.flatnonzero(parts == k)
-        chosen = views
-        if views == 'best': chosen = sorted((models.views[v] for v in choose_views(models.view_probs()[:, train], models.targets[train], metric)), key=models.views.index)
+        chosen = best_views(models, metric, train) if views == 'best' else views
         L, t = models.oof(chosen), models.targets[train]
         fit_on, use_on = (L, L) if k is None else (L[:, train], L[:, rows])
         T = np.array([fit_temperature(x, t) for x in fit_on]) if temperature else None
@@ -601,6 +625,7 @@ class Scored:
     def put(self, rows, log_probs, targets):
         self.losses[rows] = -np.clip(log_probs[np.arange(len(rows)), targets[rows]], np.log(FLOOR), np.log1p(-FLOOR))
         self.labels[rows] = log_probs.argmax(1)
+    def part(self, rows): return Scored(self.losses[rows], self.labels[rows])
     def score(self, metric, targets): return float(self.losses.mean()) if metric == 'log_loss' else get_metric(metric).fn(self.labels, targets)
     def interval(self, metric, targets, groups, n, seed, other=None):
         "Bootstrap interval of the score, or of the difference to `other`"
@@ -626,6 +651,26 @@ def nested_log_probs(models, blends): # (n, C)
     for rows,blend,views in blends: out[rows] = blend(models.oof(views)[:, rows])
     return out
 
+# %% ../nbs/13_ensemble.ipynb #e13a0010
+def leaders(
+    models:Models,
+    tuned:dict, # name -> Scored on the photos they were tuned on
+    nested:dict, # name -> Scored, nested
+    metric:str='log_loss', # scored metric
+    singles:bool=True, # whether a single model may be chosen
+    rows=slice(None), # photos that may be looked at
+)->tuple[str, str]: # the best combination, the best single model
+    "Names of the best nested scores among those that are fair"
+    met, t = get_metric(metric), models.targets[rows]
+    flat = {n: s.part(rows).score(metric, t) for n,s in tuned.items()}
+    score = {n: s.part(rows).score(metric, t) for n,s in nested.items()}
+    bar = min((flat[n] for n in models.names), key=lambda v: v if met.lower_is_better else -v)
+    fair = [n for n in nested if not met.better(bar, flat[n])]
+    alone = [n for n in nested if n.removesuffix(', temperature') in models.names]
+    together = [n for n in nested if n not in alone]
+    def best_of(names): return names[met.best([score[n] for n in names])]
+    return best_of(fair if singles else together or fair), best_of([n for n in fair if n in alone])
+
 # %% ../nbs/13_ensemble.ipynb #785fb061
 def combinations_table(
     models:Models,
@@ -638,17 +683,12 @@ def combinations_table(
 )->pd.DataFrame: # a row per combination, best nested score first; `note` marks best and near-ties
     "Scores with intervals, and the choice"
     met, t, g = get_metric(metric), models.targets, models.groups
-    score = {n: s.score(metric, t) for n,s in nested.items()}
-    bar = min((tuned[n].score(metric, t) for n in models.names), key=lambda v: v if met.lower_is_better else -v)
-    fair = [n for n in nested if not met.better(bar, tuned[n].score(metric, t))]
-    def best_of(names): return names[met.best([score[n] for n in names])]
-    is_single = [n.removesuffix(', temperature') in models.names for n in nested]
-    single = best_of([n for n,i in zip(nested, is_single) if i and n in fair])
-    best = best_of(fair if singles else [n for n,i in zip(nested, is_single) if not i] or fair)
+    best, single = leaders(models, tuned, nested, metric, singles)
     rows = []
     for name,s in nested.items():
         i, d = s.interval(metric, t, g, n_boot, seed), s.interval(metric, t, g, n_boot, seed, nested[single])
-        rows.append(dict(combination=name, same_photos=tuned[name].score(metric, t), nested=score[name], low=i.low, high=i.high, vs_single=d.mean, vs_low=d.low, vs_high=d.high, note=''))
+        scores = dict(same_photos=tuned[name].score(metric, t), nested=s.score(metric, t), low=i.low, high=i.high)
+        rows.append(dict(combination=name, **scores, vs_single=d.mean, vs_low=d.low, vs_high=d.high, note=''))
     table = pd.DataFrame(rows).sort_values('nested', ascending=met.lower_is_better, kind='stable', ignore_index=True)
     notes = dict.fromkeys(nested, ())
     notes[single] = ('best single',)
@@ -658,22 +698,25 @@ def combinations_table(
     notes[best] = ('best', *notes[best])
     return table.assign(note=['; '.join(notes[n]) for n in table.combination])
 
-def score_of_choice(
+def chosen_row(table): return table[table.note.str.split('; ').str[0] == 'best'].iloc[0]
+
+# %% ../nbs/13_ensemble.ipynb #e13a0013
+def nested_choice(
     models:Models,
+    tuned:dict, # name -> Scored on the photos they were tuned on
     nested:dict, # name -> Scored, nested
     parts, # from `outer_parts`
     metric:str='log_loss', # scored metric
-)->float:
-    "Nested score when the combination, too, is chosen without the part that it is scored on"
-    met, t = get_metric(metric), models.targets
-    out, names = Scored(np.zeros(len(t)), np.zeros(len(t), int)), list(nested)
+    singles:bool=True, # whether a single model may be chosen
+)->tuple[Scored, Scored]: # of the choice, of the best single model
+    "What the choice scores on photos that it has not been made on"
+    n = len(models.targets)
+    res = tuple(Scored(np.zeros(n), np.zeros(n, int)) for _ in range(2))
     for k in np.unique(parts):
-        rest, rows = parts != k, parts == k
-        s = nested[names[met.best([Scored(nested[n].losses[rest], nested[n].labels[rest]).score(metric, t[rest]) for n in names])]]
-        out.losses[rows], out.labels[rows] = s.losses[rows], s.labels[rows]
-    return out.score(metric, t)
-
-def chosen_row(table): return table[table.note.str.split('; ').str[0] == 'best'].iloc[0]
+        rest, rows = np.flatnonzero(parts != k), np.flatnonzero(parts == k)
+        for out,name in zip(res, leaders(models, tuned, nested, metric, singles, rest)):
+            out.losses[rows], out.labels[rows] = nested[name].losses[rows], nested[name].labels[rows]
+    return res
 
 # %% ../nbs/13_ensemble.ipynb #79a79624
 def read_csv_member(
@@ -701,6 +744,37 @@ def read_csv_member(
         np.add.at(p.T, [at[c] for c in names], v.T)
     if not (np.isfinite(p).all() and p.min() >= 0 and p.sum(1).min() > 0): raise DataError(f'{path}: NaN, negative numbers or empty rows; expected probabilities')
     return (p/p.sum(1, keepdims=True))[t.index.get_indexer(ids)]
+
+# %% ../nbs/13_ensemble.ipynb #e13a0020
+def number(
+    value, # a float
+    spec:str='.4f', # format; with + the sign is always shown
+)->str: # never -0.0000
+    "A number as text, in which nothing is less than zero by rounding"
+    s = format(value, spec)
+    return s.replace('-', '+' if '+' in spec else '') if s.startswith('-') and not s.strip('-0.') else s
+
+def counted(
+    n:int, # how many
+    what:str, # one of them
+    many:str|None=None, # several of them; None: with an s
+)->str: # '1 model', '2 models'
+    "A number with its noun"
+    return f'{n:,} {what if n == 1 else many or what+"s"}'
+
+def rounded(
+    table:pd.DataFrame, # to be shown
+    digits:int=4, # decimals
+)->pd.DataFrame:
+    "A table for reading: rounded, without negative zeros"
+    return table.round(digits).map(lambda v: v + 0. if isinstance(v, float) else v)
+
+def shown_path(
+    path, # of a file that was written
+)->str:
+    "A path as short as it can be: from here, from the project's root, or whole"
+    path = Path(path).resolve()
+    return next((path.relative_to(p).as_posix() for p in (Path.cwd(), project_root()) if path.is_relative_to(p)), str(path))
 
 # %% ../nbs/13_ensemble.ipynb #2b4f300d
 def check_ensemble(
@@ -758,54 +832,62 @@ def views_hint(
         some.put(rows, np.log(p[choose_views(p[:, train], t[train], metric)][:, rows].mean(0)), t)
     d = some.interval(metric, t, models.groups, n_boot, seed, every)
     if not (d.high < 0 if get_metric(metric).lower_is_better else d.low > 0): return ''
-    names = ', '.join(models.views[v] for v in sorted(choose_views(p, t, metric)))
-    return f'views: {names} score {some.score(metric, t):.4f} against {every.score(metric, t):.4f} with all {len(p)} (difference {d.mean:+.4f}, 95 % interval {d.low:+.4f} to {d.high:+.4f}; nested): -p views best'
+    by = f'difference {number(d.mean, "+.4f")}, 95 % interval {number(d.low, "+.4f")} to {number(d.high, "+.4f")}; nested'
+    names = ', '.join(best_views(models, metric))
+    return f'views: {names} score {some.score(metric, t):.4f} against {every.score(metric, t):.4f} with all {len(p)} ({by}): -p views best'
 
-def make_ensemble(
-    experiment:str, # name below `runs/`
-    task:str|None=None, # None: as the runs say
-    members=('all',), # all, top:8, model names or archs
-    methods=DEFAULT_METHODS, # keys of METHODS that compete; without single, one model is shown but not chosen
-    weights=None, # for `given`, see `given_weights`
-    temperature:bool=True, # temperatures for models and blends
-    csv_share:float|None=None, # of all CSV members together; None: one head, one vote
-    views:str='all', # all, best, or names with commas
-    merge:str='probs', # see `merge_views`
+# %% ../nbs/13_ensemble.ipynb #e13a0022
+def top_models(
+    models:Models,
+    members, # as given; `top:8` asks for the eight best
+    views, # names, `best` or None for all
+    metric:str, # scored metric
+)->Models:
+    "The best models, where `members` says how many"
+    top = next((int(m[4:]) for m in members if str(m).startswith('top:')), None)
+    if not top or top >= len(models): return models
+    lower = get_metric(metric).lower_is_better
+    scores = [get_metric(metric).fn(np.exp(x), models.targets) for x in models.oof(best_views(models, metric) if views == 'best' else views)]
+    order = np.argsort(scores, kind='stable')[::1 if lower else -1]
+    note = f'the {top} best of {len(models)} models, chosen on the photos they are scored on'
+    return replace(models.keep(sorted(order[:top])), notes=[*models.notes, note])
+
+# %% ../nbs/13_ensemble.ipynb #e13a0024
+def no_better_than_guessing(
+    score:float, # of the choice
+    n_classes:int, # how many there are
+    metric:str, # key of METRICS
+)->str: # a line to print, or an empty string
+    "Say so when a uniform guess would do as well"
+    guess, met = np.log(n_classes) if metric == 'log_loss' else 1/n_classes, get_metric(metric)
+    if met.better(score, guess - 1e-3 if met.lower_is_better else guess + 1e-3): return ''
+    return (f'NOTHING LEARNED: {metric} {number(score)}, a uniform guess has {guess:.4f}; no combination helps. Look at the curves of the training '
+            '(history.csv), and whether labels and photos belong together (carnb check)')
+
+# %% ../nbs/13_ensemble.ipynb #e13a0026
+def choose(
+    models:Models,
+    fits:dict, # from `candidates`
+    views=None, # names, `best`, or None for all
+    metric:str='log_loss', # scored metric
+    temperature:bool=True, # whether temperatures are needed
+    singles:bool=True, # whether a single model may be chosen
     n_boot:int=2000, # bootstrap resamples
     seed:int=42, # of bootstrap and random parts
-    **ignored # other parameters of the stage
-)->AttrDict: # models, table, chosen (name), blend, views, oof (nested log-probabilities), test (probabilities), summary, ...
-    "Choose the best combination of an experiment by its nested score and write it"
-    csvs = [m for m in members if str(m).lower().endswith('.csv')]
-    members = [m for m in members if m not in csvs] or ['all']
-    models = load_models(experiment, members, merge)
-    task = task_of([r for runs in models.runs for r in runs], task)
-    metric = get_task(task).metric
-    methods = [m for m in methods if m != 'offsets' or metric == 'macro_f1']
-    names = _views(models, views)
-    top = next((int(m[4:]) for m in members if str(m).startswith('top:')), None)
-    if top and top < len(models):
-        best = [get_metric(metric).fn(np.exp(x), models.targets) for x in models.oof(None if names == 'best' else names)]
-        order = np.argsort(best, kind='stable')[::1 if get_metric(metric).lower_is_better else -1]
-        models.notes.append(f'the {top} best of {len(models)} models, chosen on the photos they are scored on')
-        models = models.keep(sorted(order[:top]))
-    fits = candidates(models, methods, given_weights(models, weights), temperature, metric)
-    common, parts = dict(views=names, metric=metric, temperature=temperature), outer_parts(models, seed)
+)->AttrDict: # table, chosen, blend, views, oof, choice (score), expected and difference (intervals)
+    "Score every combination, pick one, and score the pick"
+    common, parts, t = dict(views=views, metric=metric, temperature=temperature), outer_parts(models, seed), models.targets
     tuned, fitted = score_candidates(models, fits, **common)
     nested, apart = score_candidates(models, fits, parts=parts, **common)
-    table = combinations_table(models, tuned, nested, metric, n_boot, seed, 'single' in methods)
+    table = combinations_table(models, tuned, nested, metric, n_boot, seed, singles)
     chosen = chosen_row(table).combination
     _, blend, used = fitted[chosen][0]
-    choice = score_of_choice(models, nested, parts, metric)
-    res = AttrDict(models=models, table=table, chosen=chosen, choice=choice, blend=blend, views=used, metric=metric, task=task, oof=nested_log_probs(models, apart[chosen]),
-                   settings=dict(members=list(members), methods=list(methods), temperature=temperature, views=views, seed=seed, n_boot=n_boot),
-                   hint=views_hint(models, metric, n_boot, seed) if views == 'all' else '')
-    res.test = None if models.test_ids is None else np.exp(blend(models.test(used)).astype('f8'))
-    res.csvs = _add_csvs(res, csvs, csv_share)
-    res.summary = summarise(res)
-    write_ensemble(experiment, res)
-    return res
+    ours, single = nested_choice(models, tuned, nested, parts, metric, singles)
+    by = metric, t, models.groups, n_boot, seed
+    return AttrDict(table=table, chosen=chosen, blend=blend, views=used, oof=nested_log_probs(models, apart[chosen]),
+                    choice=ours.score(metric, t), single=single.score(metric, t), expected=ours.interval(*by), difference=ours.interval(*by, single))
 
+# %% ../nbs/13_ensemble.ipynb #e13a0027
 def _add_csvs(res, csvs, share):
     "Mix CSV members into `res.test`; returns path -> share"
     if not csvs: return {}
@@ -820,20 +902,26 @@ def _add_csvs(res, csvs, share):
     res.models.notes.append(f'{len(csvs)} CSV members get {share:.0%} of the test probabilities, unmeasured: the scores are those of the models alone')
     return {str(p): share/len(csvs) for p in csvs}
 
+# %% ../nbs/13_ensemble.ipynb #e13a0028
 def summarise(res)->dict:
     "What `ensemble.json` holds"
     m, b, row = res.models, res.blend, chosen_row(res.table)
     single = res.table[res.table.note.str.contains('best single')].iloc[0] # may be the best of all
+    scores = dict(choice=res.choice, choice_low=res.expected.low, choice_high=res.expected.high) # what to expect
     T = np.ones(len(m)) if b.temperatures is None else b.temperatures
     return dict(
         method=res.chosen if res.chosen in METHODS else 'single', combination=res.chosen, kind=b.kind, task=res.task, metric=res.metric,
         members=[dict(name=n, weight=float(np.mean(w)), temperature=float(t), folds=[r.path.name[4:] for r in runs]) for n,w,t,runs in zip(m.names, b.weights, T, m.runs)],
         csv_members=res.csvs, class_weights=b.weights if np.ndim(b.weights) == 2 else None,
         temperature=b.temperature, bias=b.bias, views=res.views or m.views, merge=m.merge, n_photos=len(m.ids), n_test=0 if m.test_ids is None else len(m.test_ids),
-        scores=dict(same_photos=row.same_photos, nested=row.nested, low=row.low, high=row.high, choice=res.choice),
-        best_single=dict(name=single.combination, score=single.nested), difference=dict(mean=row.vs_single, low=row.vs_low, high=row.vs_high),
-        near_ties=res.table.combination[res.table.note.str.contains('near-tie')].tolist(), combinations=res.table.to_dict('records'), notes=m.notes + [res.hint]*bool(res.hint), settings=res.settings, environment=environment())
+        scores=scores | dict(nested=row.nested, low=row.low, high=row.high, same_photos=row.same_photos), # of the row that was chosen
+        best_single=dict(name=single.combination, score=res.single, nested=single.nested), # score: chosen without the photos it is scored on, as `choice`
+        difference=dict(mean=res.difference.mean, low=res.difference.low, high=res.difference.high), # choice to best single
+        near_ties=res.table.combination[res.table.note.str.contains('near-tie')].tolist(), combinations=res.table.to_dict('records'),
+        notes=m.notes,
+        settings=res.settings, environment=environment())
 
+# %% ../nbs/13_ensemble.ipynb #e13a0029
 def write_ensemble(experiment, res):
     "Write `ensemble.json`, `oof.npz` (nested probabilities) and `probs.npz` (test), whole or not at all"
     out, m = runs_dir()/safe_name(experiment)/'ensemble', res.models
@@ -842,14 +930,61 @@ def write_ensemble(experiment, res):
     else: (out/'probs.npz').unlink(missing_ok=True) # of an earlier run, with other weights
     write_json(out/'ensemble.json', res.summary)
 
+# %% ../nbs/13_ensemble.ipynb #e13a0030
+def make_ensemble(
+    experiment:str, # name below `runs/`
+    task:str|None=None, # None: as the runs say
+    members=('all',), # all, top:8, model names or archs
+    methods=DEFAULT_METHODS, # keys of METHODS that compete; without single, one model is shown but not chosen
+    weights=None, # for `given`, see `given_weights`
+    temperature:bool=True, # temperatures for models and blends
+    csv_share:float|None=None, # of all CSV members together; None: one head, one vote
+    views:str='best', # best, all, or names with commas
+    merge:str='probs', # see `merge_views`
+    n_boot:int=2000, # bootstrap resamples
+    seed:int=42, # of bootstrap and random parts
+    **ignored # other parameters of the stage
+)->AttrDict: # models, table, chosen (name), choice, blend, views, oof (nested log-probabilities), test (probabilities), summary, ...
+    "Choose the best combination of an experiment by its nested score and write it"
+    csvs = [m for m in members if str(m).lower().endswith('.csv')]
+    members = [m for m in members if m not in csvs] or ['all']
+    models = load_models(experiment, members, merge)
+    task = task_of([r for runs in models.runs for r in runs], task)
+    metric = get_task(task).metric
+    methods = [m for m in methods if m != 'offsets' or metric == 'macro_f1']
+    names = _views(models, views)
+    models = top_models(models, members, names, metric)
+    settings = dict(members=list(members), methods=list(methods), temperature=temperature, views=views, seed=seed, n_boot=n_boot)
+    fits = candidates(models, methods, given_weights(models, weights), temperature, metric)
+    best = choose(models, fits, names, metric, temperature, 'single' in methods, n_boot, seed)
+    res = AttrDict(best, models=models, task=task, metric=metric, settings=settings)
+    said = [no_better_than_guessing(res.choice, len(models.classes), metric)]
+    if views == 'all': said.append(views_hint(models, metric, n_boot, seed))
+    models.notes += filter(None, said)
+    res.test = None if models.test_ids is None else np.exp(res.blend(models.test(res.views)).astype('f8'))
+    res.csvs = _add_csvs(res, csvs, csv_share)
+    res.summary = summarise(res)
+    write_ensemble(experiment, res)
+    return res
+
+# %% ../nbs/13_ensemble.ipynb #e13a0031
 def verdict(
     summary:dict, # `ensemble.json`
 )->str:
-    "The ensemble beside the best single model, in one line"
-    s, b, d = summary['scores'], summary['best_single'], summary['difference']
-    if summary['combination'] == b['name']: return f'{summary["metric"]}: the best single model {b["name"]} ({b["score"]:.4f}) is not beaten by any combination'
-    sure = 'clear' if d['low'] > 0 or d['high'] < 0 else 'not certain: the interval contains 0'
-    return f'{summary["metric"]}: ensemble ({summary["combination"]}) {s["nested"]:.4f} vs best single ({b["name"]}) {b["score"]:.4f} (difference {d["mean"]:+.4f}, 95 % interval {d["low"]:+.4f} to {d["high"]:+.4f}: {sure})'
+    "The ensemble beside the best single model, in one line; both scores are those of the choice"
+    s, b, d, metric = summary['scores'], summary['best_single'], summary['difference'], summary['metric']
+    if summary['combination'] == b['name']: return f'{metric} {s["choice"]:.4f}: the best single model {b["name"]} is not beaten by any combination'
+    gain = d['high'] < 0 if get_metric(metric).lower_is_better else d['low'] > 0
+    sure = 'clear' if gain else 'not certain: the interval contains 0' if d['low'] <= 0 <= d['high'] else 'clearly worse'
+    by = f'difference {number(d["mean"], "+.4f")}, 95 % interval {number(d["low"], "+.4f")} to {number(d["high"], "+.4f")}: {sure}'
+    return f'{metric}: ensemble ({summary["combination"]}) {s["choice"]:.4f} vs best single ({b["name"]}) {b["score"]:.4f} ({by})'
+
+def expectation(
+    summary:dict, # `ensemble.json`
+)->str:
+    "What to expect on new photos, in one line"
+    s = summary['scores']
+    return f'expected {summary["metric"]}: {number(s["choice"])} (95 % interval {number(s["choice_low"])} to {number(s["choice_high"])}; with the choice among combinations nested)'
 
 # %% ../nbs/13_ensemble.ipynb #dcb3626c
 def plot_scores(
@@ -865,7 +1000,8 @@ def plot_scores(
         ax.plot([r.low, r.high], [i, i], color=c, lw=2, alpha=.5)
         ax.plot(r.nested, i, 'o', color=c)
         ax.plot(r.same_photos, i, '|', color='k', ms=9)
-    ax.set(yticks=range(len(t)), yticklabels=t.combination, xlabel=res.metric, title='dot: nested score with 95 % interval; tick: on the tuned photos')
+    ax.axvline(res.choice, color='C3', lw=1, ls=':')
+    ax.set(yticks=range(len(t)), yticklabels=t.combination, xlabel=res.metric, title='dot: nested score with 95 % interval; tick: on the tuned photos; dotted: expected (choice)')
     ax.title.set_size(9)
     return ax
 

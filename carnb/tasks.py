@@ -125,7 +125,8 @@ DEMO_RECIPE = dict(img_size=124, batch_size=16, epochs=8, lr=2e-3) # for models 
 
 TASKS = dict(
     cars=Task('cars', read_competition, 'log_loss', aspect='auto', augmentation=dict(min_scale=.5, stretch=1.35, color=0., hue=0.), training=RECIPE),
-    documents=Task('documents', read_competition, 'macro_f1', fit='pad', augmentation=dict(min_scale=.6, flip=0., rotate=5., color=.2, hue=0.), training=RECIPE),
+    documents=Task('documents', read_competition, 'macro_f1', fit='pad', augmentation=dict(min_scale=.6, flip=0., rotate=5., color=.2, hue=0.),
+                   tta_views=('identity',), training=RECIPE), # training shows no mirrored or turned page
     masks=Task('masks', read_masks, 'macro_f1', loss='soft_f1_cross_entropy', fit='crop', augmentation=dict(min_scale=.6, color=.1, hue=0.),
                tta_views=('identity', 'hflip'), training=RECIPE, options=dict(age=[29, 58], corrections='shipped')),
 )
