@@ -10,6 +10,7 @@ __all__ = ['check_report', 'leaderboard', 'compare', 'confused_pairs', 'class_ta
 
 # %% ../nbs/16_report.ipynb #2b6659ad
 from .core import * # before torch: see OMP_WAIT_POLICY there
+from .run import Run, find_runs
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, torch
