@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from scipy.optimize import minimize, nnls
 from .core import *
+from .run import Run, find_runs
 from .data import nfc, read_merges, read_table
 from .metrics import *
 from fastcore.basics import AttrDict
