@@ -10,10 +10,11 @@ __all__ = ['FLOOR', 'MERGES', 'METHODS', 'DEFAULT_METHODS', 'RESULT_FILES', 'NEE
            'labels_of', 'target_problems', 'common_folds', 'test_problems', 'view_problems', 'shared_views',
            'load_models', 'lined_up', 'choose_views', 'best_views', 'outer_parts', 'candidates', 'cross_fit', 'Scored',
            'score_candidates', 'nested_log_probs', 'leaders', 'combinations_table', 'chosen_row', 'nested_choice',
-           'read_csv_member', 'submission_names', 'number', 'counted', 'rounded', 'shown_path', 'check_ensemble',
-           'given_weights', 'views_hint', 'top_models', 'no_better_than_guessing', 'choose', 'summarise', 'disk_errors',
-           'array_stamp', 'inputs_of', 'write_ensemble', 'result_problems', 'summary_problems', 'read_ensemble',
-           'stale_inputs', 'make_ensemble', 'verdict', 'expectation', 'plot_scores', 'plot_weights', 'plot_reliability']
+           'read_csv_member', 'submission_names', 'compare_with_data', 'number', 'counted', 'rounded', 'shown_path',
+           'check_ensemble', 'given_weights', 'views_hint', 'top_models', 'no_better_than_guessing', 'choose',
+           'summarise', 'disk_errors', 'array_stamp', 'inputs_of', 'write_ensemble', 'result_problems',
+           'summary_problems', 'read_ensemble', 'stale_inputs', 'make_ensemble', 'verdict', 'expectation',
+           'plot_scores', 'plot_weights', 'plot_reliability']
 
 # %% ../nbs/13_ensemble.ipynb #fcbf7ece
 import contextlib, functools, hashlib, json, typing, zipfile
@@ -24,6 +25,7 @@ from scipy.optimize import minimize, nnls
 from .core import *
 from .run import Run, find_runs, is_run_folder, read_file, read_record, write_record
 from .data import nfc, read_merges, read_meta, read_table
+from .identity import compare_data
 from .metrics import *
 from fastcore.basics import AttrDict
 from .tasks import get_task, read_items, task_of, task_problems
@@ -491,6 +493,7 @@ def checked_head(
     del a['logits']
     return a if 'views' in a else AttrDict(a, views=np.array(['identity']))
 
+# %% ../nbs/13_ensemble.ipynb #e13b0042
 def checked_heads(
     found:dict, # model -> runs
     members, # as given: what is named must be whole
@@ -500,12 +503,13 @@ def checked_heads(
     heads, damaged = [], {}
     for model,runs in found.items():
         for r in runs:
-            try: heads.append(AttrDict(model=model, fold=r.path.name[4:], run=r, **{part: checked_head(r, part) for part in ('oof', 'test')}))
+            try: names = {part: checked_head(r, part) for part in ('oof', 'test')}
             except DamagedFile as e: damaged.setdefault(model, []).append(str(e))
-    said = [f'LEFT OUT, damaged: {e}' for e in sum(damaged.values(), [])]
+            else: heads.append(AttrDict(model=model, fold=r.path.name[4:], run=r, **names))
+    said = sum(damaged.values(), [])
     everybody = any(str(m) == 'all' or str(m).startswith('top:') for m in members)
-    if said and (not everybody or len(damaged) == len(found)): raise_problems('members cannot be used', [e for es in damaged.values() for e in es], DataError)
-    notes += said
+    if said and (not everybody or len(damaged) == len(found)): raise_problems('members cannot be used', said, DataError)
+    notes += [f'LEFT OUT, damaged: {e}' for e in said]
     return [h for h in heads if h.model not in damaged]
 
 # %% ../nbs/13_ensemble.ipynb #e13a0044
@@ -517,9 +521,11 @@ def class_problems(
     classes = set(first.oof.classes)
     for h in heads:
         lost, new = classes - set(h.oof.classes), set(h.oof.classes) - classes
-        if lost or new: problems.append(f'{h.run.name}: classes differ from {first.run.name}: missing {_listed(lost) or "none"}; extra {_listed(new) or "none"}')
+        said = f'missing {_listed(lost) or "none"}; extra {_listed(new) or "none"}'
+        if lost or new: problems.append(f'{h.run.name}: classes differ from {first.run.name}: {said}')
     return problems
 
+# %% ../nbs/13_ensemble.ipynb #e13b0044
 def fold_table(
     experiment:str, # name below `runs/`
 )->pd.DataFrame|None: # index id; fold (text), group; None when there is no folds.csv
@@ -529,6 +535,7 @@ def fold_table(
     table = pd.DataFrame(dict(read_file(path)))
     return table.assign(fold=table.fold.astype(str)).set_index('id')
 
+# %% ../nbs/13_ensemble.ipynb #e13c0044
 def photo_problems(
     heads:list, # from `checked_heads`, with out-of-fold predictions
     table:pd.DataFrame|None=None, # from `fold_table`; None: the first model knows
@@ -538,13 +545,16 @@ def photo_problems(
     for h in heads:
         expected = set(next(o.oof.ids for o in heads if o.fold == h.fold) if table is None else table.index[table.fold == h.fold])
         lost, new = expected - set(h.oof.ids), set(h.oof.ids) - expected
-        if lost or new: problems.append(f'{h.run.name}: photos differ from {source}: {len(lost)} missing ({_listed(lost)}), {len(new)} extra ({_listed(new)})')
+        said = f'{len(lost)} missing ({_listed(lost)}), {len(new)} extra ({_listed(new)})'
+        if lost or new: problems.append(f'{h.run.name}: photos differ from {source}: {said}')
     return problems
 
+# %% ../nbs/13_ensemble.ipynb #e13d0044
 def labels_of(heads)->dict: # id -> class name
     "The target of each photo, as the first run that has it says"
     return {i: c for h in reversed(heads) for i,c in zip(h.oof.ids, h.oof.classes[h.oof.targets])}
 
+# %% ../nbs/13_ensemble.ipynb #e13e0044
 def target_problems(
     heads:list, # from `checked_heads`, with out-of-fold predictions of the same classes
 )->list[str]:
@@ -570,6 +580,7 @@ def common_folds(
     if len(common) < len(every): notes.append(f'scores and weights come from fold {", ".join(sorted(common))}, which all models have')
     return common
 
+# %% ../nbs/13_ensemble.ipynb #e13b0046
 def test_problems(
     heads:list, # from `checked_heads`
     classes, # of the out-of-fold predictions
@@ -586,11 +597,14 @@ def test_problems(
     some = [h.run.name for h in heads if not h.test and h.model in predicted]
     if some: notes.append(f'test predictions missing, the mean is over the others: {", ".join(some)}')
     for h in have:
-        if set(h.test.classes) != set(classes): problems.append(f'{h.run.name}: classes of test.npz differ from those of the out-of-fold predictions')
+        if set(h.test.classes) != set(classes):
+            problems.append(f'{h.run.name}: classes of test.npz differ from those of the out-of-fold predictions')
         lost, new = set(first.test.ids) - set(h.test.ids), set(h.test.ids) - set(first.test.ids)
-        if lost or new: problems.append(f'{h.run.name}: test photos differ from {first.run.name}: {len(lost)} missing ({_listed(lost)}), {len(new)} extra ({_listed(new)})')
+        said = f'{len(lost)} missing ({_listed(lost)}), {len(new)} extra ({_listed(new)})'
+        if lost or new: problems.append(f'{h.run.name}: test photos differ from {first.run.name}: {said}')
     return problems
 
+# %% ../nbs/13_ensemble.ipynb #e13c0046
 def view_problems(
     heads:list, # from `checked_heads`
 )->list[str]:
@@ -600,9 +614,12 @@ def view_problems(
         for part,words in dict(oof='out-of-fold', test='test').items():
             if not h[part]: continue
             views, known = list(h[part].views), first.setdefault(h.model, (list(h[part].views), words))
-            if views != known[0]: problems.append(f'{h.run.name}: {words} views {", ".join(views)}, but {known[1]} views of the model are {", ".join(known[0])}; run carnb predict again, it makes both')
+            if views == known[0]: continue
+            said = f'{words} views {", ".join(views)}, but {known[1]} views of the model are {", ".join(known[0])}'
+            problems.append(f'{h.run.name}: {said}; run carnb predict again, it makes both')
     return problems
 
+# %% ../nbs/13_ensemble.ipynb #e13d0046
 def shared_views(
     heads:list, # from `checked_heads`, with out-of-fold predictions
     notes:list, # gets a line when they differ
@@ -611,7 +628,8 @@ def shared_views(
     by_model = {h.model: [str(v) for v in h.oof.views] for h in heads}
     first, *rest = by_model.values()
     shared = [v for v in first if all(v in o for o in rest)]
-    if any(set(o) != set(shared) for o in by_model.values()): notes.append('views differ between models: ' + '; '.join(f'{m}: {", ".join(o)}' for m,o in by_model.items()))
+    told = '; '.join(f'{m}: {", ".join(o)}' for m,o in by_model.items())
+    if any(set(o) != set(shared) for o in by_model.values()): notes.append(f'views differ between models: {told}')
     return shared
 
 # %% ../nbs/13_ensemble.ipynb #e13a0048
@@ -638,6 +656,7 @@ def load_models(
     raise_problems(f'the models of {experiment} do not line up', problems, DataError)
     return lined_up(heads, oof, table, common, merge, notes)
 
+# %% ../nbs/13_ensemble.ipynb #e13b0048
 def lined_up(heads, oof, table, common, merge, notes)->Models:
     "The record of models that fit"
     names, classes = list(dict.fromkeys(h.model for h in heads)), [str(c) for c in oof[0].oof.classes]
@@ -647,7 +666,8 @@ def lined_up(heads, oof, table, common, merge, notes)->Models:
     groups = table.group.reindex(ids).to_numpy(str) if table is not None and 'group' in table else ids
     index = {c: k for k,c in enumerate(classes)}
     tests = [h.test.ids for h in heads if h.test]
-    return Models(names, runs, np.array([_weight(r) for r in runs]), classes, ids, np.array([index[label[i]] for i in ids]), np.array([fold[i] for i in ids]),
+    targets, weights = np.array([index[label[i]] for i in ids]), np.array([_weight(r) for r in runs])
+    return Models(names, runs, weights, classes, ids, targets, np.array([fold[i] for i in ids]),
                   groups, shared_views(oof, notes), np.array(tests[0]) if tests else None, merge, notes)
 
 def _weight(runs):
@@ -879,6 +899,23 @@ def submission_names(
     written = read_items(get_task(task), folder, given, config.get('data_options') or {}).column_class
     return {**merges, **codes, **{nfc(k): c for k,c in written.items()}}
 
+# %% ../nbs/13_ensemble.ipynb #e13a0080
+def compare_with_data(
+    experiment:str, # name below `runs/`
+    models:Models,
+    task:str, # key of TASKS
+    data_dir=None, # None: as the runs say
+):
+    "`DataError` when the runs have seen other photos or labels than are there now; a note where there is no data folder"
+    runs = [r for runs in models.runs for r in runs]
+    c = runs[0].config
+    folder = resolve_path(data_dir or c.get('data_dir') or runs_dir()/'demo_data')
+    if not folder.is_dir():
+        models.notes.append(f'{folder} is not there: whether photos and labels are still those of the training was not compared')
+        return
+    comp = read_items(get_task(task), folder, c.get('merges'), c.get('data_options') or {})
+    compare_data(runs, comp, predictions=True)
+
 # %% ../nbs/13_ensemble.ipynb #e13a0020
 def number(
     value, # a float
@@ -888,6 +925,7 @@ def number(
     s = format(value, spec)
     return s.replace('-', '+' if '+' in spec else '') if s.startswith('-') and not s.strip('-0.') else s
 
+# %% ../nbs/13_ensemble.ipynb #e13b0020
 def counted(
     n:int, # how many
     what:str, # one of them
@@ -896,6 +934,7 @@ def counted(
     "A number with its noun"
     return f'{n:,} {what if n == 1 else many or what+"s"}'
 
+# %% ../nbs/13_ensemble.ipynb #e13c0020
 def rounded(
     table:pd.DataFrame, # to be shown
     digits:int=4, # decimals
@@ -903,6 +942,7 @@ def rounded(
     "A table for reading: rounded, without negative zeros"
     return table.round(digits).map(lambda v: v + 0. if isinstance(v, float) else v)
 
+# %% ../nbs/13_ensemble.ipynb #e13d0020
 def shown_path(
     path, # of a file that was written
 )->str:
@@ -981,7 +1021,8 @@ def top_models(
     top = next((int(m[4:]) for m in members if str(m).startswith('top:')), None)
     if not top or top >= len(models): return models
     lower = get_metric(metric).lower_is_better
-    scores = [get_metric(metric).fn(np.exp(x), models.targets) for x in models.oof(best_views(models, metric) if views == 'best' else views)]
+    used = best_views(models, metric) if views == 'best' else views
+    scores = [get_metric(metric).fn(np.exp(x), models.targets) for x in models.oof(used)]
     order = np.argsort(scores, kind='stable')[::1 if lower else -1]
     note = f'the {top} best of {len(models)} models, chosen on the photos they are scored on'
     return replace(models.keep(sorted(order[:top])), notes=[*models.notes, note])
@@ -995,8 +1036,8 @@ def no_better_than_guessing(
     "Say so when a uniform guess would do as well"
     guess, met = np.log(n_classes) if metric == 'log_loss' else 1/n_classes, get_metric(metric)
     if met.better(score, guess - 1e-3 if met.lower_is_better else guess + 1e-3): return ''
-    return (f'NOTHING LEARNED: {metric} {number(score)}, a uniform guess has {guess:.4f}; no combination helps. Look at the curves of the training '
-            '(history.csv), and whether labels and photos belong together (carnb check)')
+    return (f'NOTHING LEARNED: {metric} {number(score)}, a uniform guess has {guess:.4f}; no combination helps. '
+            'Look at the curves of the training (history.csv), and whether labels and photos belong together (carnb check)')
 
 # %% ../nbs/13_ensemble.ipynb #e13a0026
 def choose(
@@ -1018,8 +1059,9 @@ def choose(
     _, blend, used = fitted[chosen][0]
     ours, single = nested_choice(models, tuned, nested, parts, metric, singles)
     by = metric, t, models.groups, n_boot, seed
-    return AttrDict(table=table, chosen=chosen, blend=blend, views=used, oof=nested_log_probs(models, apart[chosen]),
-                    choice=ours.score(metric, t), single=single.score(metric, t), expected=ours.interval(*by), difference=ours.interval(*by, single))
+    scores = dict(choice=ours.score(metric, t), single=single.score(metric, t))
+    return AttrDict(table=table, chosen=chosen, blend=blend, views=used, oof=nested_log_probs(models, apart[chosen]), **scores,
+                    expected=ours.interval(*by), difference=ours.interval(*by, single))
 
 # %% ../nbs/13_ensemble.ipynb #e13a0027
 def _add_csvs(res, csvs, share):
@@ -1038,21 +1080,23 @@ def _add_csvs(res, csvs, share):
 # %% ../nbs/13_ensemble.ipynb #e13a0028
 def summarise(res)->dict:
     "What `ensemble.json` holds"
-    m, b, row = res.models, res.blend, chosen_row(res.table)
+    m, b, row, d = res.models, res.blend, chosen_row(res.table), res.difference
     single = res.table[res.table.note.str.contains('best single')].iloc[0] # may be the best of all
-    scores = dict(choice=res.choice, choice_low=res.expected.low, choice_high=res.expected.high) # what to expect
     T = np.ones(len(m)) if b.temperatures is None else b.temperatures
+    folds = [[r.path.name[4:] for r in runs] for runs in m.runs]
+    members = [dict(name=n, weight=float(np.mean(w)), temperature=float(t), folds=f) for n,w,t,f in zip(m.names, b.weights, T, folds)]
+    scores = dict(choice=res.choice, choice_low=res.expected.low, choice_high=res.expected.high) # what to expect
+    scores |= dict(nested=row.nested, low=row.low, high=row.high, same_photos=row.same_photos) # of the row that was chosen
     return dict(
         method=res.chosen if res.chosen in METHODS else 'single', combination=res.chosen, kind=b.kind, task=res.task, metric=res.metric,
-        members=[dict(name=n, weight=float(np.mean(w)), temperature=float(t), folds=[r.path.name[4:] for r in runs]) for n,w,t,runs in zip(m.names, b.weights, T, m.runs)],
-        csv_members=res.csvs, class_weights=b.weights if np.ndim(b.weights) == 2 else None,
-        temperature=b.temperature, bias=b.bias, views=res.views or m.views, merge=m.merge, classes=len(m.classes), inputs=inputs_of(m), n_photos=len(m.ids), n_test=0 if m.test_ids is None else len(m.test_ids),
-        scores=scores | dict(nested=row.nested, low=row.low, high=row.high, same_photos=row.same_photos), # of the row that was chosen
-        best_single=dict(name=single.combination, score=res.single, nested=single.nested), # score: chosen without the photos it is scored on, as `choice`
-        difference=dict(mean=res.difference.mean, low=res.difference.low, high=res.difference.high), # choice to best single
+        members=members, csv_members=res.csvs, class_weights=b.weights if np.ndim(b.weights) == 2 else None,
+        temperature=b.temperature, bias=b.bias, views=res.views or m.views, merge=m.merge,
+        classes=len(m.classes), n_photos=len(m.ids), n_test=0 if m.test_ids is None else len(m.test_ids),
+        inputs=inputs_of(m), scores=scores,
+        best_single=dict(name=single.combination, score=res.single, nested=single.nested), # score: picked elsewhere, as `choice`
+        difference=dict(mean=d.mean, low=d.low, high=d.high), # choice to best single
         near_ties=res.table.combination[res.table.note.str.contains('near-tie')].tolist(), combinations=res.table.to_dict('records'),
-        notes=m.notes,
-        settings=res.settings, environment=environment())
+        notes=m.notes, settings=res.settings, environment=environment())
 
 # %% ../nbs/13_ensemble.ipynb #e13a0064
 @contextlib.contextmanager
@@ -1073,6 +1117,7 @@ def array_stamp(
     with zipfile.ZipFile(path) as z: rows = sorted((i.filename, i.CRC, i.file_size) for i in z.infolist())
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
+# %% ../nbs/13_ensemble.ipynb #e13b0029
 def inputs_of(
     models:Models,
 )->dict: # path below the experiment -> stamp
@@ -1082,6 +1127,7 @@ def inputs_of(
 
 RESULT_FILES = dict(oof='oof.npz', test='probs.npz', summary='ensemble.json')
 
+# %% ../nbs/13_ensemble.ipynb #e13c0029
 def write_ensemble(experiment, res):
     "Write `oof.npz` (nested probabilities), `probs.npz` (test) and `ensemble.json` under one key"
     out, m = runs_dir()/safe_name(experiment)/'ensemble', res.models
@@ -1097,8 +1143,13 @@ def write_ensemble(experiment, res):
         write_record(out/'ensemble.json', res.summary)
 
 # %% ../nbs/13_ensemble.ipynb #e13a0061
-def _probabilities(a): return a.dtype.kind == 'f' and bool(np.isfinite(a).all()) and (a.size == 0 or bool(a.min() >= -1e-6 and a.max() <= 1+1e-3))
+def _probabilities(a):
+    if a.dtype.kind != 'f' or not np.isfinite(a).all(): return False
+    return a.size == 0 or bool(a.min() >= -1e-6 and a.max() <= 1+1e-3)
+
 def _texts(a): return a.dtype.kind == 'U' and len(set(a.tolist())) == len(a)
+
+def _indices(a, n, C): return a.shape == (n,) and a.dtype.kind in 'iu' and (n == 0 or 0 <= a.min() and a.max() < C)
 
 def result_problems(
     arrays:dict, # of `oof.npz` or `probs.npz`
@@ -1111,23 +1162,24 @@ def result_problems(
     p = [f'{k} are not different texts' for k in ('ids', 'classes') if not _texts(a[k])]
     if a['probs'].shape != shape: p.append(f'probs: shape {a["probs"].shape}; expected {shape}')
     elif not _probabilities(a['probs']): p.append('probs are not probabilities (NaN, or outside of 0 to 1)')
-    if targets and not (a['targets'].shape == shape[:1] and a['targets'].dtype.kind in 'iu' and (not shape[0] or 0 <= a['targets'].min() and a['targets'].max() < shape[1])):
-        p.append('targets are not a class for each id')
+    if targets and not _indices(a['targets'], *shape): p.append('targets are not a class for each id')
     return p
 
-NEEDED = dict(members=list, combination=str, metric=str, views=list, scores=dict, key=str, inputs=dict, classes=int)
+# %% ../nbs/13_ensemble.ipynb #e13a0067
+def _number(v): return isinstance(v, (int, float)) and bool(np.isfinite(v))
+def _member(m): return isinstance(m, dict) and isinstance(m.get('name'), str) and _number(m.get('weight'))
+
+NEEDED = dict(members=list, combination=str, metric=str, views=list, scores=dict, key=str, inputs=dict, classes=int, n_test=int)
 
 def summary_problems(
     summary:dict, # of `ensemble.json`
 )->list[str]:
     "What is wrong with the record of an ensemble"
-    p = [f'{k} is missing' if k not in summary else f'{k} is {type(summary[k]).__name__}, expected {t.__name__}' for k,t in NEEDED.items() if not isinstance(summary.get(k), t)]
+    p = [f'{k}: expected {t.__name__}, not {type(summary.get(k)).__name__}' for k,t in NEEDED.items() if not isinstance(summary.get(k), t)]
     if p: return p
-    for k in ('choice', 'choice_low', 'choice_high', 'nested', 'low', 'high'):
-        v = summary['scores'].get(k)
-        if not isinstance(v, (int, float)) or not np.isfinite(v): p.append(f'scores: {k} is {v!r}, expected a number')
-    if not summary['members']: p.append('members: there is none')
-    if not all(isinstance(m, dict) and isinstance(m.get('name'), str) and isinstance(m.get('weight'), (int, float)) for m in summary['members']): p.append('members: expected a name and a weight for each')
+    scores = {k: summary['scores'].get(k) for k in ('choice', 'choice_low', 'choice_high', 'nested', 'low', 'high')}
+    p = [f'scores: {k} is {v!r}, expected a number' for k,v in scores.items() if not _number(v)]
+    if not summary['members'] or not all(map(_member, summary['members'])): p.append('members: expected a name and a weight for each')
     return p
 
 # %% ../nbs/13_ensemble.ipynb #e13a0062
@@ -1149,10 +1201,13 @@ def read_ensemble(
         except DamagedFile as e: problems.append(str(e))
     if problems: raise DamagedFile(f'{"; ".join(problems)}. {anew}')
     keys = {name: str(res[part].get('key')) for part,name in RESULT_FILES.items() if res[part] is not None}
-    if len(set(keys.values())) > 1: raise DamagedFile(f'{folder}: {", ".join(keys)} do not belong together (an ensemble was interrupted while it was written). {anew}')
-    if bool(res.summary['n_test']) != (res.test is not None): raise DamagedFile(f'{folder/"probs.npz"} is not there, though ensemble.json speaks of {res.summary["n_test"]} test photos. {anew}')
+    apart = f'{folder}: {", ".join(keys)} do not belong together (an ensemble was interrupted while it was written)'
+    if len(set(keys.values())) > 1: raise DamagedFile(f'{apart}. {anew}')
+    lost = f'{folder/"probs.npz"} is not there, though ensemble.json speaks of {counted(res.summary["n_test"], "test photo")}'
+    if bool(res.summary['n_test']) != (res.test is not None): raise DamagedFile(f'{lost}. {anew}')
     return res
 
+# %% ../nbs/13_ensemble.ipynb #e13b0062
 def stale_inputs(
     experiment:str, # name below `runs/`
     summary:dict, # its `ensemble.json`
@@ -1168,6 +1223,7 @@ def stale_inputs(
 def make_ensemble(
     experiment:str, # name below `runs/`
     task:str|None=None, # None: as the runs say
+    data_dir=None, # None: as the runs say; compared with the runs where it is there
     members=('all',), # all, top:8, model names or archs
     methods=DEFAULT_METHODS, # keys of METHODS that compete; without single, one model is shown but not chosen
     weights=None, # for `given`, see `given_weights`
@@ -1184,6 +1240,7 @@ def make_ensemble(
     members = [m for m in members if m not in csvs] or ['all']
     models = load_models(experiment, members, merge)
     task = task_of([r for runs in models.runs for r in runs], task)
+    compare_with_data(experiment, models, task, data_dir)
     metric = get_task(task).metric
     methods = [m for m in methods if m != 'offsets' or metric == 'macro_f1']
     names = _views(models, views)
@@ -1207,18 +1264,21 @@ def verdict(
 )->str:
     "The ensemble beside the best single model, in one line; both scores are those of the choice"
     s, b, d, metric = summary['scores'], summary['best_single'], summary['difference'], summary['metric']
-    if summary['combination'] == b['name']: return f'{metric} {s["choice"]:.4f}: the best single model {b["name"]} is not beaten by any combination'
+    best = f'the best single model {b["name"]} is not beaten by any combination'
+    if summary['combination'] == b['name']: return f'{metric} {s["choice"]:.4f}: {best}'
     gain = d['high'] < 0 if get_metric(metric).lower_is_better else d['low'] > 0
     sure = 'clear' if gain else 'not certain: the interval contains 0' if d['low'] <= 0 <= d['high'] else 'clearly worse'
     by = f'difference {number(d["mean"], "+.4f")}, 95 % interval {number(d["low"], "+.4f")} to {number(d["high"], "+.4f")}: {sure}'
     return f'{metric}: ensemble ({summary["combination"]}) {s["choice"]:.4f} vs best single ({b["name"]}) {b["score"]:.4f} ({by})'
 
+# %% ../nbs/13_ensemble.ipynb #e13b0031
 def expectation(
     summary:dict, # `ensemble.json`
 )->str:
     "What to expect on new photos, in one line"
     s = summary['scores']
-    return f'expected {summary["metric"]}: {number(s["choice"])} (95 % interval {number(s["choice_low"])} to {number(s["choice_high"])}; with the choice among combinations nested)'
+    by = f'95 % interval {number(s["choice_low"])} to {number(s["choice_high"])}; with the choice among combinations nested'
+    return f'expected {summary["metric"]}: {number(s["choice"])} ({by})'
 
 # %% ../nbs/13_ensemble.ipynb #dcb3626c
 def plot_scores(
