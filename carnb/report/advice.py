@@ -6,6 +6,7 @@
 __all__ = ['signs', 'next_step']
 
 # %% ../../nbs/15g_report.advice.ipynb #74f0147f
+from ..core import * # before torch: see OMP_WAIT_POLICY there
 import numpy as np, pandas as pd
 from ..metrics import METRICS
 
@@ -53,7 +54,8 @@ def next_step(
         return f'The best single model has {metric} {best:.4f}, fold_score is {fold_score}: {search} before spending {n_folds} folds on it.'
     short_of = {a: n_folds-n for a,n in folds.items() if n < n_folds}
     gap, late = (board.val_loss-board.train_loss).median(), (board.best_epoch == board.epochs).mean()
-    done = None if ensemble is None else ensemble.get('scores', {}).get('nested')
+    scores = (ensemble or {}).get('scores', {})
+    done = scores.get('choice') or scores.get('nested') # the honest one, where there is one
     if ensemble is None: return 'Blend what is there: carnb predict, then carnb ensemble.' + (f' Meanwhile finish the folds ({_missing(short_of)}).' if short_of else '')
     if not submitted: return 'Write the submission: carnb submit.'
     if goal is not None and done is not None and reached(done, goal): return f'The goal is reached: {metric} {done:.4f} (goal {goal}). Keep the submission; what is left is a run on all photos (fold all).'

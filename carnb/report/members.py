@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np, pandas as pd
 from ..metrics import METRICS
 from ..ensemble import METHODS, candidates, fit_temperature, load_models, outer_parts, score_candidates, temper
-from .page import short
+from .page import drawn
 
 # %% ../../nbs/15f_report.members.ipynb #69df4c5f
 def error_correlation(
@@ -35,7 +35,9 @@ def plot_correlation(
     n = len(table)
     fig,ax = plt.subplots(figsize=(3.2+.6*n, 1.5+.45*n), layout='constrained')
     im = ax.imshow(table, cmap='viridis', vmin=0, vmax=1, aspect='auto')
-    ax.set(xticks=range(n), yticks=range(n)); ax.set_xticklabels([short(c, 30) for c in table.columns], rotation=30, ha='right', fontsize=8); ax.set_yticklabels([short(c, 30) for c in table.index], fontsize=8)
+    ax.set(xticks=range(n), yticks=range(n))
+    ax.set_xticklabels([drawn(c, 30) for c in table.columns], rotation=30, ha='right', fontsize=8)
+    ax.set_yticklabels([drawn(c, 30) for c in table.index], fontsize=8)
     for i in range(n):
         for j in range(n): ax.text(j, i, f'{table.iat[i,j]:.2f}', ha='center', va='center', fontsize=9, color='k' if table.iat[i,j] > .6 else 'w')
     fig.colorbar(im, ax=ax, shrink=.8)
@@ -99,7 +101,7 @@ def plot_gains(
     import matplotlib.pyplot as plt
     t = table.iloc[::-1]
     fig,ax = plt.subplots(figsize=(7, .8+.3*len(t)), layout='constrained')
-    ax.barh([short(m, 40) for m in t.member], t.gain, xerr=[t.gain-t.low, t.high-t.gain], color=['C0' if l > 0 else '.7' for l in t.low], error_kw=dict(lw=1, capsize=3))
+    ax.barh([drawn(m, 40) for m in t.member], t.gain, xerr=[t.gain-t.low, t.high-t.gain], color=['C0' if l > 0 else '.7' for l in t.low], error_kw=dict(lw=1, capsize=3))
     ax.axvline(0, color='k', lw=.8); ax.tick_params(labelsize=8)
     ax.set(xlabel=f'{metric} that the others lose without it (grey: interval reaches 0)')
     return ax
