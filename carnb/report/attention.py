@@ -13,6 +13,7 @@ from ..data import Competition, read_image
 from ..backbones import model_stats
 from ..train import load_model
 from ..predict import prediction_dataset
+from .mistakes import file_line
 from .page import breakable, card, drawn, gallery, html, percent, photo
 
 # %% ../../nbs/15e_report.attention.ipynb #852158b7
@@ -161,6 +162,6 @@ def attention_cards(
         none = ' (nothing speaks for it)'
         lines = [html('<span class="said">middle: {} ({}){}</span>', breakable(r.said), percent(r.said_prob, 0), '' if said.max() > 0 else none),
                  html('right, the label: {} ({}){}', breakable(r.true), percent(r.true_prob, 0), '' if true.max() > 0 else none),
-                 html('<span class="fine">id {} · {}</span>', r.id, paths[r.id])]
+                 file_line(r.id, paths[r.id])]
         cards.append(card(images, lines))
     return gallery(cards, wide=True)
