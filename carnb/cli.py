@@ -57,7 +57,7 @@ def main_help()->str:
                       'carnb STAGE --help lists the parameters of a stage.'])
 
 # %% ../nbs/17_cli.ipynb #15d59615
-OURS = {c.__name__ for c in (CarnbError, ConfigError, DataError)}
+OURS = {c.__name__ for c in (CarnbError, ConfigError, DataError, DamagedFile)}
 
 def run_stage(
     stage:str, # `train`, `predict`, ...

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np, pandas as pd
 from scipy.optimize import minimize, nnls
 from .core import *
+from .run import Run, find_runs
 from .data import nfc, read_merges, read_table
 from .metrics import *
 from fastcore.basics import AttrDict

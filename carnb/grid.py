@@ -7,6 +7,7 @@ __all__ = ['check_grid', 'grid_cells', 'disk_of', 'free_space', 'plan_grid', 'ru
 
 # %% ../nbs/11_grid.ipynb #d2db3a7c
 from .core import * # before torch: see OMP_WAIT_POLICY there
+from .run import Run
 import contextlib, itertools, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd

@@ -8,6 +8,7 @@ __all__ = ['VIEWS', 'make_views', 'tta', 'inference_batch', 'prediction_dataset'
 
 # %% ../nbs/12_predict.ipynb #b9bb7faa
 from .core import * # before torch: see OMP_WAIT_POLICY there
+from .run import Run, find_runs
 import zipfile
 import numpy as np, pandas as pd, torch
 from fastcore.basics import AttrDict

@@ -16,6 +16,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
 from filelock import FileLock
 from .core import *
+from .run import find_runs
 from .data import *
 from .metrics import METRICS
 from .tasks import open_experiment, task_problems

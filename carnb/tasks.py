@@ -15,6 +15,7 @@ from typing import Callable
 import pandas as pd, yaml
 from fastcore.basics import AttrDict
 from .core import *
+from .run import find_runs
 from .data import *
 from .demo import FACE_PHOTOS, make_demo, make_persons
 from .metrics import METRICS

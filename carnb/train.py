@@ -10,6 +10,7 @@ __all__ = ['PRECISIONS', 'SCHEDULE_OPTIONS', 'check_train', 'check_resolved', 'r
 
 # %% ../nbs/10_train.ipynb #0e29eecc
 from .core import * # before torch: see OMP_WAIT_POLICY there
+from .run import Run, find_runs
 import contextlib, inspect, time
 from pathlib import Path
 import numpy as np, pandas as pd, torch

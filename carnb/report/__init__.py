@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
+from ..run import Run
 from ..data import read_image
 from ..metrics import METRICS, accuracy
 from ..predict import experiment_data, tiny_predictions

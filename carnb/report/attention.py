@@ -8,6 +8,7 @@ __all__ = ['target_layer', 'attention_map', 'photo_tensor', 'explain_mistakes', 
 # %% ../../nbs/15e_report.attention.ipynb #9a23bef7
 from ..core import * # before torch: see OMP_WAIT_POLICY there
 from pathlib import Path
+from ..run import Run
 import numpy as np, pandas as pd, torch
 from ..data import Competition, read_image
 from ..backbones import model_stats

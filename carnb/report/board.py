@@ -11,6 +11,7 @@ __all__ = ['UNITS', 'COLUMNS', 'NOT_SETTINGS', 'board_row', 'px_text', 'leaderbo
 from ..core import * # before torch: see OMP_WAIT_POLICY there
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
+from ..run import Run, find_runs, read_file, read_record
 from ..data import read_table
 from ..metrics import METRICS, accuracy, bootstrap_interval, bootstrap_metric, log_losses, softmax
 from .page import breakable, html, interval, link, number, percent, table, writing
