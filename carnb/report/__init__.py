@@ -58,7 +58,7 @@ def picture(
     use_korean_font()
     _, comp, _ = experiment_data(experiment)
     folder = runs_dir()/safe_name(experiment)/'ensemble'
-    e, o = read_json(folder/'ensemble.json'), load_npz(folder/'oof.npz')
+    e, o = ensemble_result(folder)
     fig = plt.figure(figsize=(11, 3.4), constrained_layout=True)
     left, right = fig.subfigures(1, 2, width_ratios=[1.35, 1])
     paths = comp.items.set_index('id').path
