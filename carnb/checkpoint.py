@@ -6,7 +6,7 @@
 __all__ = ['MAGIC', 'SUFFIX', 'DamagedCheckpoint', 'write_checkpoint', 'get_checkpoint_info', 'read_checkpoint', 'damage',
            'checkpoint_name', 'list_checkpoints', 'save_checkpoint', 'cleanup_old_checkpoints', 'find_last_checkpoint',
            'load_checkpoint', 'save_ensemble_checkpoint', 'load_ensemble_checkpoint', 'get_rng_state', 'set_rng_state',
-           'config_differences', 'run_lock', 'disk_message']
+           'config_differences', 'left_over', 'run_lock', 'disk_message']
 
 # %% ../nbs/07_checkpoint.ipynb #7e7622e8
 from .core import * # before torch: see OMP_WAIT_POLICY there
@@ -234,6 +234,20 @@ def config_differences(
     return [f'{k}: {a.get(k)!r} in the checkpoint, {b.get(k)!r} now' for k in sorted({*a, *b}) if k not in ignore and a.get(k) != b.get(k)]
 
 # %% ../nbs/07_checkpoint.ipynb #937f4169
+def left_over(
+    path, # `.<name>.<process>.tmp`, of `atomic_path`
+    seconds:float=86_400., # a file of another machine is left over when nobody has written to it for so long
+)->bool:
+    "Is this what a killed process was writing? Prediction writes into the folders of runs, too, and holds no lock"
+    *_, process, _ = Path(path).name.split('.')
+    if not process.isdecimal(): return False
+    with contextlib.suppress(OSError):
+        if time.time()-os.stat(path).st_mtime > seconds: return True
+    try: os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError): return True
+    except OSError: pass
+    return False
+
 @contextlib.contextmanager
 def run_lock(
     folder, # of the run
@@ -255,7 +269,7 @@ def run_lock(
         except Timeout: raise CarnbError(f'{folder}: still in use by {holder()} after {wait:g} s') from None
     try:
         write_json(card, dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime('%Y-%m-%d %H:%M:%S')))
-        for p in folder.rglob('.*.tmp'): # of a process that was killed while it wrote
+        for p in filter(left_over, folder.rglob('.*.tmp')):
             with contextlib.suppress(OSError): p.unlink()
         yield
     finally:

@@ -195,8 +195,8 @@ def task_of(
     "The task that the runs were trained for"
     said = {r.config.get('task') for r in runs} - {None}
     if task is None and len(said) == 1: return said.pop()
-    if task is None: raise ConfigError(f'task: the runs say {", ".join(sorted(said)) or "nothing"}; give -p task')
-    if said - {task}: raise ConfigError(f'task: {task!r}, but the runs were trained for {", ".join(sorted(said))}; leave it out')
+    if task is None: raise ConfigError(f'task: the runs say {" and ".join(sorted(said)) or "nothing"}; say which (-p task), and the runs of that task are used alone')
+    if said and task not in said: raise ConfigError(f'task: {task!r}, but the runs were trained for {", ".join(sorted(said))}; leave it out')
     return task
 
 def open_experiment(
@@ -205,10 +205,15 @@ def open_experiment(
     data_dir=None, # None: as the runs say
 ): # task, Competition, finished runs
     "What an experiment was trained on; `CarnbError` when nothing is finished"
-    runs = find_runs(experiment)
+    notes = []
+    runs = find_runs(experiment, notes=notes)
+    if not runs and (lost := [o for o in notes if o.startswith('left out: ')]): raise_problems(f'experiment: no run of {experiment} can be read', [o.removeprefix('left out: ') for o in lost], DamagedFile)
     if not runs:
         there = sorted(p.parent.name for p in runs_dir().glob('*/folds.csv'))
         raise CarnbError(f'experiment: no finished run in {runs_dir()/safe_name(experiment)}; train first (carnb train -p experiment {experiment} ...){"; there is " + ", ".join(there) if there else ""}')
-    c = runs[0].config
     record = get_task(task_of(runs, task))
-    return record, read_items(record, data_dir or c.data_dir, c.get('merges'), c.get('data_options') or {}), runs
+    runs = [r for r in runs if r.config.get('task', record.name) == record.name]
+    c = runs[0].config
+    comp = read_items(record, data_dir or c.data_dir, c.get('merges'), c.get('data_options') or {})
+    comp.notes.extend(notes)
+    return record, comp, runs

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'SCHEDULE_OPTIONS', 'check_train', 'check_resolved', 'resolve', 'pick_precision', 'device_table',
            'build_learner', 'PredictionGrid', 'device_memory', 'planned_step', 'micro_batches', 'loss_of', 'fit_run',
-           'epochs_of', 'prepare', 'start_run', 'train_config', 'train_run', 'bare_model', 'load_model',
-           'tiny_experiment', 'plot_history']
+           'epochs_of', 'check_experiment', 'start_run', 'take_up', 'damage_of', 'finished', 'prepare', 'train_config',
+           'train_run', 'bare_model', 'load_model', 'tiny_experiment', 'plot_history']
 
 # %% ../nbs/10_train.ipynb #0e29eecc
 from .core import * # before torch: see OMP_WAIT_POLICY there
-from .run import Run, find_runs
+from .run import Run, file_digest, is_run_folder, read_file, set_aside, write_record
 import contextlib, inspect, time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -21,6 +21,7 @@ from fastcore.basics import AttrDict, noop
 from filelock import FileLock
 from safetensors.torch import load_file
 from .data import *
+from .identity import code_version, compare_data, data_changes, data_record, fingerprint, restore_folds, trained_runs
 from .loaders import *
 from .losses import LOSSES, head_problem, loss_parameters, make_loss, takes_soft_targets
 from .metrics import METRICS, softmax
@@ -247,6 +248,7 @@ def loss_of(
     if targets is not None and cfg.get('class_weighting'): settings |= dict(class_counts=np.bincount(targets, minlength=n_classes).clip(1), beta=cfg.class_weighting)
     return make_loss(cfg.loss, n_classes, **settings)
 
+# %% ../nbs/10_train.ipynb #0f17a0de
 def fit_run(
     learn:Learner, # from `build_learner`
     cfg, # resolved configuration
@@ -266,21 +268,102 @@ def fit_run(
                    params=sum(o.numel() for o in learn.model.parameters()), **{k: best[k] for k in best if k.startswith(('train_', 'val_')) or k == 'gap'}, overfits_since=h.overfit,
                    micro_batches=learn.micro_batches.n, checkpoint_seconds=learn.checkpoints.seconds, memory_gb=max(r['memory_gb'] for r in h.rows))
     if p: metrics['gem_p'] = p
-    write_json(run/'metrics.json', metrics)
+    write_record(run/'metrics.json', metrics | dict(weights=file_digest(run/'weights.safetensors')))
     if cfg.keep_checkpoints == 'best': cleanup_old_checkpoints(run/'checkpoints', cfg.fold, keep_last=0) # the run is done: nothing goes on from here
     if cfg.keep_checkpoints == 'none':
         for c in list_checkpoints(run/'checkpoints', cfg.fold): c.unlink()
     return metrics
 
+# %% ../nbs/10_train.ipynb #0f17a0df
 def epochs_of(
     cfg, # resolved configuration
     run:Run, # its folder; the folds of the same model lie beside it
 )->int:
-    "Epochs to train; with fold=all the mean best epoch of the finished folds"
+    "Epochs to train; with fold=all the mean best epoch of the folds that were finished when it began"
     if cfg.fold != 'all': return cfg.epochs
-    folds = [r for r in find_runs(cfg.experiment) if r.path.parent == run.path.parent and r.path.name != run.path.name]
-    if not folds: raise ConfigError(f'fold: all needs finished folds of this model, whose mean best epoch it trains for; first -p fold 0 ... {cfg.n_folds-1} with the same settings')
-    return max(1, round(np.mean([r.metrics['best_epoch'] for r in folds])))
+    if cfg.get('planned_epochs'): return cfg.planned_epochs
+    folds = [Run(p) for p in sorted(run.path.parent.glob('fold*')) if is_run_folder(p) and p.name != run.path.name]
+    best = [r.metrics['best_epoch'] for r in folds if r.done]
+    if not best: raise ConfigError(f'fold: all needs finished folds of this model, whose mean best epoch it trains for; first -p fold 0 ... {cfg.n_folds-1} with the same settings')
+    return max(1, round(np.mean(best)))
+
+# %% ../nbs/10_train.ipynb #1d3a7e00
+def check_experiment(
+    cfg, # checked parameters
+)->list[Run]: # of this experiment, that have learned something
+    "An experiment has one name and one task; `ConfigError` says what to do when this run would bring another"
+    runs = trained_runs(cfg.experiment)
+    others = sorted({r.config.get('task') for r in runs} - {None, cfg.task})
+    if others: raise ConfigError(f'task: {cfg.task!r}, but experiment {cfg.experiment} was trained for {" and ".join(others)}, and an experiment has one task: '
+                                 f'use another name (-p experiment {cfg.experiment}-{cfg.task}), or remove {runs_dir()/safe_name(cfg.experiment)} if its runs were a mistake')
+    return runs
+
+# %% ../nbs/10_train.ipynb #1d3a7e01
+def start_run(cfg, comp, run):
+    "Make the folder and record configuration and data"
+    record = data_record(comp, cfg.get('merges'))
+    about = dict(n_train=int((comp.train.fold != cfg.fold).sum()), n_valid=int((comp.train.fold == cfg.fold).sum()), n_test=len(comp.test), fingerprint=fingerprint(record))
+    run.path.mkdir(parents=True, exist_ok=True)
+    if (run/'data.npz').is_dir(): set_aside(run/'data.npz')
+    save_npz(run/'data.npz', **record)
+    return run.start({k: v for k,v in cfg.items()}, classes=list(comp.classes), data=about)
+
+# %% ../nbs/10_train.ipynb #1d3a7e03
+def take_up(
+    cfg, # resolved configuration
+    comp:Competition, # with folds
+    run:Run, # new, or interrupted
+    say=print, # where a change of the code is announced
+)->AttrDict: # the configuration with `made_with`, and `planned_epochs` for fold all
+    "Compare data and code with those of the last checkpoint, before anything is written"
+    cfg, last, now = AttrDict(cfg), AttrDict(config={}, epoch=0), fingerprint(data_record(comp, cfg.get('merges')))
+    for p in list_checkpoints(run/'checkpoints', cfg.fold):
+        with contextlib.suppress(DamagedCheckpoint): last = get_checkpoint_info(p)
+    made = last.config.get('made_with') or dict(data=now, code=[])
+    if made['data'] != now: raise DataError(f'{run.path} was begun with other data (fingerprint {made["data"]}, now {now}); put it back, or train on it as it is under another name (-p experiment {cfg.experiment}-2)')
+    code = list(made['code'])
+    if not code or code[-1]['version'] != code_version():
+        if code: say(f'the code has changed since epoch {last.epoch} of this run: carnb {code[-1]["version"]} until then, {code_version()} from here on; the result may be that of neither (both stand in config.yaml)')
+        code.append(dict(version=code_version(), after_epoch=int(last.epoch)))
+    cfg.made_with = dict(data=now, code=code)
+    if cfg.fold == 'all': cfg.planned_epochs = last.config.get('planned_epochs') or epochs_of(cfg, run)
+    return cfg
+
+# %% ../nbs/10_train.ipynb #1d3a7e05
+def damage_of(
+    run:Run,
+    name:str, # key of FILE_KINDS
+)->str: # empty: it is whole
+    "What is wrong with a file of a run"
+    try: read_file(run, name)
+    except DamagedFile as e: return str(e)
+    return ''
+
+def finished(
+    cfg, # resolved configuration
+    comp:Competition, # with folds
+    run:Run,
+    say=print, # where damage is announced
+)->bool: # False: there is something to train
+    "Is the run done, and are its files whole? Damaged ones are set aside and made anew"
+    if not run.done: return False
+    for name in ('config.yaml', 'data.npz'):
+        if not (why := damage_of(run, name)) or name == 'data.npz' and not (run/name).exists(): continue # runs of older versions have none
+        if (run/'data.npz').exists() and not damage_of(run, 'data.npz'):
+            changes = data_changes(read_file(run, 'data.npz'), data_record(comp, cfg.get('merges')))
+            raise_problems(f'{why}\nIt cannot be written anew, because the data in {comp.data_dir} has changed since then', changes, DataError)
+        if (run/name).exists(): set_aside(run/name)
+        start_run(take_up(cfg, comp, run), comp, run)
+        say(f'{why}: done')
+    bad = {n: why for n in ('metrics.json', 'weights.safetensors', *(('oof.npz',) if cfg.fold != 'all' else ())) if (why := damage_of(run, n))}
+    if not bad: return True
+    for name,why in bad.items():
+        say(why)
+        if (run/name).exists(): set_aside(run/name)
+    if (run/'metrics.json').exists(): (run/'metrics.json').unlink()
+    if set(bad) != {'metrics.json'}: # a checkpoint of a later epoch would not write the best one's files again
+        for p in list_checkpoints(run/'checkpoints', cfg.fold): p.unlink()
+    return False
 
 # %% ../nbs/10_train.ipynb #84ab356d
 def prepare(
@@ -288,19 +371,17 @@ def prepare(
     progress:bool=True, # show bars
 ): # task, competition with folds, resolved configuration, run
     "Everything before the first weight is loaded; nothing is written but `folds.csv`"
-    task = get_task(cfg.task)
+    task, others = get_task(cfg.task), check_experiment(cfg)
     comp, checked = read_data(task, cfg.data_dir, cfg.merges, progress, cfg.data_options)
     cfg = resolve(cfg, task, checked)
     name = safe_name(cfg.experiment)
     (locks := runs_dir()/'.cache').mkdir(parents=True, exist_ok=True)
-    with FileLock(locks/f'{name}.lock'): leaks = assign_folds(comp, checked, runs_dir()/name/'folds.csv', cfg.n_folds, cfg.split_seed, cfg.folds_file)
+    with FileLock(locks/f'{name}.lock'):
+        restore_folds(cfg.experiment)
+        compare_data(others, comp, checked, cfg=cfg)
+        leaks = assign_folds(comp, checked, runs_dir()/name/'folds.csv', cfg.n_folds, cfg.split_seed, cfg.folds_file)
     comp.notes.append(f'{leaks["duplicate_pairs"]} duplicate pairs, {leaks["pairs_across_classes"]} of them across classes, {leaks["pairs_across_folds"]} across folds')
     return task, comp, cfg, Run.for_config(cfg)
-
-def start_run(cfg, comp, run):
-    "Make the folder and record configuration and data"
-    about = dict(n_train=int((comp.train.fold != cfg.fold).sum()), n_valid=int((comp.train.fold == cfg.fold).sum()), n_test=len(comp.test), fingerprint=comp.fingerprint)
-    return run.start({k: v for k,v in cfg.items()}, classes=list(comp.classes), data=about)
 
 def train_config(
     **settings # parameters of this stage; the rest has its default
@@ -317,7 +398,8 @@ def train_run(
     "Train one model on one fold, unless it is done"
     task, comp, cfg, run = prepare(train_config(**settings), progress=False)
     with run_lock(run.path):
-        if run.done: return run
+        if finished(cfg, comp, run): return run
+        cfg = take_up(cfg, comp, run)
         learn = build_learner(cfg, comp, run)
         start_run(cfg, comp, run)
         fit_run(learn, cfg, run)
@@ -335,8 +417,10 @@ def load_model(
 ): # model in eval mode, its config
     "The best epoch's model of a run"
     cfg = run.config
+    read_file(run, 'weights.safetensors', contents=False)
     model = bare_model(cfg)
-    model.load_state_dict(load_file(run/'weights.safetensors'))
+    try: model.load_state_dict(load_file(run/'weights.safetensors'))
+    except RuntimeError as e: raise DamagedFile(f'{run/"weights.safetensors"}: does not fit {cfg.arch} with {len(cfg.classes)} classes ({str(e).splitlines()[-1].strip()[:120]}); train this run again') from None
     return model.to(device, memory_format=torch.channels_last).eval(), cfg
 
 # %% ../nbs/10_train.ipynb #56796254
