@@ -146,16 +146,21 @@ def notebooks_are_executed():
     fail_on(f'{short(p)} holds no outputs: run make notebooks NB={p.stem}' for p in books(tests=False)
             if any(for_outputs.search(source(c)) and not directives(source(c)) for _, c in code_cells(p)) and not any(c['outputs'] for _, c in code_cells(p)))
 
-def imports_of(tree):
-    "Modules of carnb that a syntax tree imports, with their line"
+def imports_of(tree, package='carnb'):
+    "Modules that a syntax tree imports, without `carnb.`, with their line; `package` is where relative ones begin"
     for n in ast.walk(tree):
         if isinstance(n, ast.Import):
             for a in n.names:
-                if a.name.startswith('carnb.'): yield a.name.split('.')[1], n.lineno
+                if a.name.startswith('carnb.'): yield a.name.removeprefix('carnb.'), n.lineno
         elif isinstance(n, ast.ImportFrom):
-            if n.level == 1 or n.module == 'carnb':
-                for m in [n.module.split('.')[0]] if n.level and n.module else [a.name for a in n.names]: yield m, n.lineno
-            elif not n.level and (n.module or '').startswith('carnb.'): yield n.module.split('.')[1], n.lineno
+            up = package.split('.')[:len(package.split('.'))+1-n.level] if n.level else []
+            full = '.'.join([*up, *filter(None, [n.module])])
+            if full == 'carnb': yield from ((a.name, n.lineno) for a in n.names)
+            elif full.startswith('carnb.'): yield full.removeprefix('carnb.'), n.lineno
+
+def module_path(p):
+    "carnb/report/page.py -> report.page; carnb/report/__init__.py -> report"
+    return '.'.join(p.relative_to(ROOT/'carnb').with_suffix('').parts).removesuffix('.__init__')
 
 def imports_point_down():
     "A notebook imports only from lower-numbered ones (and, in its examples, from its own module)"
@@ -169,11 +174,15 @@ def imports_point_down():
             except SyntaxError:
                 if not source(c).startswith('%%'): raise Failed(f'{short(p)} cell {i} is not Python')
     todo = [(p.stem.split('_', 1)[1], where, tree, True) for p in books(tests=False) if number(p.stem) for where, tree in parsed(p)]
-    todo += [(p.stem, f'carnb/{p.name}', ast.parse(p.read_text(encoding='utf8')), False) for p in sorted((ROOT/'carnb').glob('[!_]*.py'))]
+    package = {} # of a module, for its relative imports
+    for p in sorted((ROOT/'carnb').rglob('*.py')):
+        me = module_path(p)
+        package[me] = '.'.join(p.parent.relative_to(ROOT).parts)
+        todo.append((me, short(p), ast.parse(p.read_text(encoding='utf8')), False))
     problems = []
     for me, where, tree, own in todo:
         if me not in order: continue
-        for m, line in imports_of(tree):
+        for m, line in imports_of(tree, package.get(me, 'carnb')):
             if m in order and (order[m] > order[me] or m == me and not own):
                 problems.append(f'{where}, line {line}: {me} imports {m}, which comes ' + ('later' if m != me else 'from itself'))
     fail_on(problems)

@@ -169,7 +169,9 @@ def prepare(path, known):
     nb = json.loads(path.read_text(encoding='utf8'))
     stem, cells = path.stem, []
     name = module_of(stem)
-    module = importlib.import_module(f'carnb.{name}') if name and (ROOT/'carnb'/f'{name}.py').exists() else None
+    at = ROOT/'carnb'/(name or '').replace('.', '/') # a dot in a notebook's name is a folder
+    there = bool(name) and (at.with_name(f'{at.name}.py').exists() or (at/'__init__.py').exists())
+    module = importlib.import_module(f'carnb.{name}') if there else None
     elsewhere = shown_elsewhere(nb['cells'])
     for c in nb['cells']:
         source = ''.join(c['source'])

@@ -258,7 +258,7 @@ def stage_params(
     return res
 
 # %% ../nbs/00_core.ipynb #f89ab6e8
-NOT_IN_HASH = {'experiment', 'data_dir', 'fold', 'device', 'num_workers', 'tracking', 'folds_file', 'keep_checkpoints', 'cache_dir', 'memory_budget', 'resume', 'checkpoint_minutes', 'weight', 'micro_batches', 'fit_memory', 'cache_bytes', 'made_with', 'planned_epochs'}
+NOT_IN_HASH = {'experiment', 'data_dir', 'fold', 'device', 'num_workers', 'tracking', 'folds_file', 'keep_checkpoints', 'cache_dir', 'memory_budget', 'resume', 'checkpoint_minutes', 'weight', 'micro_batches', 'fit_memory', 'cache_bytes'}
 
 FILES_IN_HASH = {'pretrained', 'merges'}
 
@@ -298,7 +298,7 @@ def environment()->dict:
 class _Recorder:
     "Collects the outputs of each executed cell and writes them into a copy of the stage's notebook"
     kinds = {'stream', 'display_data', 'execute_result', 'error'}
-    def __init__(self, ip, stage): self.ip,self.stage,self.cells,self.outputs,self.target,self.run,self.html = ip,stage,[],[],None,None,False
+    def __init__(self, ip, stage): self.ip,self.stage,self.cells,self.outputs,self.target,self.run = ip,stage,[],[],None,None
     def install(self):
         session, send = self.ip.kernel.session, self.ip.kernel.session.send
         def listen(stream, msg, content=None, *args, **kwargs): # `msg` is a type or a whole message
@@ -337,25 +337,12 @@ class _Recorder:
                 source = source[at+1:]
         for i,c in enumerate(cells): c['id'] = f'cell{i}'
         write_json(self.target, {**nb, 'cells': cells + [c for c in source if c['cell_type'] != 'code']})
-        if self.html and not any(c['cell_type'] == 'code' for c in source): self.write_html()
-    def write_html(self):
-        "The title and what follows `## The run`, without code"
-        import logging, nbformat
-        from nbconvert import HTMLExporter
-        nb = nbformat.read(self.target, 4)
-        start = next((i for i,c in enumerate(nb.cells) if c.source.startswith('## The run')), 0)
-        nb.cells = nb.cells[:1] + nb.cells[start+1:]
-        (quiet := logging.getLogger('carnb.html')).setLevel(logging.ERROR) # it would say that pictures have no alternative text
-        page, _ = HTMLExporter(log=quiet, exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
-        page = re.sub(r'<script[^>]*\ssrc="https?://[^"]*"[^>]*>\s*</script>\s*', '', page) # one file, that asks no other machine
-        write_text(self.target.with_suffix('.html'), page)
 
 _recorder = None
 
 def record_notebook(
     stage:str, # name of the stage whose notebook is running
     run=None, # a `Run` (or folder) that keeps `<stage>.ipynb`; None only starts to listen
-    html:bool=False, # after the last cell also write a page without the code
 ):
     "Keep the executed notebook in the folder of the run, from inside its kernel; does nothing outside of one"
     global _recorder
@@ -367,7 +354,7 @@ def record_notebook(
         _recorder.install()
     if run is not None:
         _recorder.run = Path(getattr(run, 'path', run))
-        _recorder.target,_recorder.html = _recorder.run/f'{stage}.ipynb',html
+        _recorder.target = _recorder.run/f'{stage}.ipynb'
 
 # %% ../nbs/00_core.ipynb #5b505f06
 def seed_everything(
