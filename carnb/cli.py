@@ -157,7 +157,7 @@ def new(
     return 0
 
 DEMO = dict(archs=['test_resnet'], over=dict(img_size=[108, 140]), folds=[0, 1, 2, 3],
-            settings=dict(keep_checkpoints='none')) # and the weights of `01b_demo_weights`
+            settings=dict(keep_checkpoints='none')) # and the weights of `06a_demo_weights`
 
 DEMO_STEPS = dict(
     grid='two models (one network, two photo sizes) x four of five folds; a fold is a fifth of the photos, kept from its model and used to test it',
