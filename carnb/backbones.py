@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'TRAINING_PRESETS', 'HEADS', 'HEAD_INITS', 'Preset', 'list_presets', 'is_transformer', 'find_preset',
-           'list_training_presets', 'find_training_preset', 'start_values', 'weights_file', 'create_model', 'init_head',
-           'MarginHead', 'margin_head', 'fixed_size', 'size_multiple', 'size_problem', 'model_stats', 'split_params',
-           'group_wds', 'group_lrs', 'param_groups', 'make_opt_func', 'make_learner']
+           'list_training_presets', 'find_training_preset', 'start_values', 'hub_answers', 'asked_once', 'weights_file',
+           'create_model', 'init_head', 'MarginHead', 'margin_head', 'fixed_size', 'size_multiple', 'size_problem',
+           'model_stats', 'split_params', 'group_wds', 'group_lrs', 'param_groups', 'make_opt_func', 'make_learner']
 
 # %% ../nbs/06_backbones.ipynb #2cc719e8
 from .core import * # before torch: see OMP_WAIT_POLICY there
@@ -145,6 +145,28 @@ def start_values(
         v['lr'], v['weight_decay'] = (.01, 1e-4) if v['optimizer'] in _SGD else (5e-5, .05) if small else (3e-4, .01)
     return v
 
+# %% ../nbs/06_backbones.ipynb #d36b0002
+def hub_answers(
+    seconds:float=5., # to wait
+)->bool:
+    "Does the hub that timm downloads from answer one question?"
+    from huggingface_hub import constants, utils
+    if constants.HF_HUB_OFFLINE: return False
+    try: utils.get_session().head(constants.ENDPOINT, timeout=seconds)
+    except Exception: return False # each library version has errors of its own
+    return True
+
+@contextlib.contextmanager
+def asked_once(
+    download:bool=True, # False: nothing will be asked of the hub
+):
+    "A block in which a hub that does not answer is not asked again; files that are here are found"
+    from huggingface_hub import constants
+    before = constants.HF_HUB_OFFLINE
+    if download and not hub_answers(): constants.HF_HUB_OFFLINE = True
+    try: yield
+    finally: constants.HF_HUB_OFFLINE = before
+
 # %% ../nbs/06_backbones.ipynb #b81a9baf
 def weights_file(
     path, # as the user wrote it
@@ -175,7 +197,8 @@ def create_model(
     if drop: kw['drop_rate'] = drop
     if drop_path: kw['drop_path_rate'] = drop_path
     if isinstance(pretrained, str): kw['pretrained_cfg_overlay'] = dict(file=str(weights_file(pretrained)))
-    def build(**more): return timm.create_model(arch, pretrained=bool(pretrained), **kw, **more)
+    def build(**more):
+        with asked_once(pretrained is True): return timm.create_model(arch, pretrained=bool(pretrained), **kw, **more)
     try:
         try: model = build(img_size=tuple(size)) if size is not None and fixed_size(arch) else build()
         except TypeError as e: # a model without stochastic depth
