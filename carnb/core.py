@@ -202,13 +202,17 @@ def notebooks_dir()->Path:
 
 STAGE_NAMES = dict(data='check') # notebooks whose stage has another name
 
-def _stage_name(p): return STAGE_NAMES.get(name := p.stem.split('_', 1)[1], name)
+def _stage_name(p): # what stands between the number and the first dot: `08a_memory.study` is of the stage `memory`
+    name = p.stem.split('_', 1)[1].split('.')[0]
+    return STAGE_NAMES.get(name, name)
+
+def _has_params(p): return any(map(_is_params, _cells(p)))
 
 def stage_notebook(
     stage:str, # `check`, `train`, `predict`, ...
 )->Path:
-    "The notebook that is the stage (`01_data` is `check`)"
-    found = sorted(p for p in notebooks_dir().glob('[0-9]*_*.ipynb') if _stage_name(p) == stage)
+    "The notebook that is the stage: of those with its name (`01_data` is `check`) the one that has a parameters cell"
+    found = sorted(p for p in notebooks_dir().glob('[0-9]*_*.ipynb') if _stage_name(p) == stage and _has_params(p))
     if not found: raise CarnbError(f'no stage {stage!r}{did_you_mean(stage, list_stages())}; there are: {", ".join(list_stages())}')
     return found[0]
 
@@ -218,7 +222,7 @@ def _is_params(c): return 'parameters' in c.get('metadata', {}).get('tags', [])
 @functools.cache
 def list_stages()->list[str]:
     "Names of all notebooks that have a parameters cell"
-    return [_stage_name(p) for p in sorted(notebooks_dir().glob('[0-9]*_*.ipynb')) if any(map(_is_params, _cells(p)))]
+    return [_stage_name(p) for p in sorted(notebooks_dir().glob('[0-9]*_*.ipynb')) if _has_params(p)]
 
 def stage_params(
     stage:str, # `train`, `predict`, ...
