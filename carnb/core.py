@@ -212,9 +212,9 @@ def stage_notebook(
     stage:str, # `check`, `train`, `predict`, ...
 )->Path:
     "The notebook that is the stage: of those with its name (`01_data` is `check`) the one that has a parameters cell"
-    found = sorted(p for p in notebooks_dir().glob('[0-9]*_*.ipynb') if _stage_name(p) == stage and _has_params(p))
+    found = sorted(p for p in notebooks_dir().glob('[0-9]*_*.ipynb') if _stage_name(p) == stage)
     if not found: raise CarnbError(f'no stage {stage!r}{did_you_mean(stage, list_stages())}; there are: {", ".join(list_stages())}')
-    return found[0]
+    return next(filter(_has_params, found), found[0])
 
 def _cells(nb): return read_json(nb)['cells']
 def _is_params(c): return 'parameters' in c.get('metadata', {}).get('tags', [])
