@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np, torch
 from timm.optim import list_optimizers
 from ..backbones import create_model, find_preset, size_problem
-from ..loaders import canvas
+from ..canvas import canvas
 from .autocast import ATTENTION, DTYPES
 
 # %% ../../nbs/07o_memory.settings.ipynb #38214ddc
