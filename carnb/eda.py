@@ -22,7 +22,8 @@ from .data import merge_suggestions, nfc, read_image
 def _need(table, columns, what):
     "`DataError` unless `table` has rows and all `columns`"
     if not isinstance(table, pd.DataFrame): raise DataError(f'{what}: expected a pandas table, not {type(table).__name__}')
-    raise_problems(f'{what}: the table lacks columns', [f'{c}{did_you_mean(c, table.columns)}' for c in columns if c not in table], DataError)
+    missing = [f'{c}{did_you_mean(c, table.columns)}' for c in columns if c not in table]
+    raise_problems(f'{what}: the table lacks columns', missing, DataError)
     if not len(table): raise DataError(f'{what}: the table is empty')
     return table
 
@@ -285,7 +286,9 @@ def _cell(path, size):
     except DataError: return None
     h, w = size
     k = min(h/im.shape[0], w/im.shape[1])
-    im = cv2.resize(np.ascontiguousarray(im), (max(1, round(im.shape[1]*k)), max(1, round(im.shape[0]*k))), interpolation=cv2.INTER_AREA if k < 1 else cv2.INTER_LINEAR)
+    width, height = (max(1, round(n*k)) for n in im.shape[1::-1])
+    how = cv2.INTER_AREA if k < 1 else cv2.INTER_LINEAR
+    im = cv2.resize(np.ascontiguousarray(im), (width, height), interpolation=how)
     res = np.full((h, w, 3), 240, 'u1')
     y, x = (h-im.shape[0])//2, (w-im.shape[1])//2
     res[y:y+im.shape[0], x:x+im.shape[1]] = im
@@ -314,7 +317,9 @@ def _mosaic(rows, size, below=0, gap=4, left=2.3):
 # %% ../nbs/02_eda.ipynb #03c7df72
 def _page(n, per, page, what):
     pages = -(-n//per)
-    if not 0 <= page < pages: raise ConfigError(f'page: {page}; there {"are" if pages > 1 else "is"} {pages} page{"s"*(pages > 1)} of {per} {what} (0 to {pages-1})')
+    if not 0 <= page < pages:
+        there_are = f'there are {pages} pages' if pages > 1 else f'there is {pages} page'
+        raise ConfigError(f'page: {page}; {there_are} of {per} {what} (0 to {pages-1})')
     return pages, slice(page*per, (page+1)*per)
 
 # %% ../nbs/02_eda.ipynb #397b462a
@@ -562,7 +567,8 @@ class Shift:
     def verdict(self):
         if self.low <= .5: return 'no shift to be seen'
         return 'slight shift' if self.auc < .65 else 'shift' if self.auc < .85 else 'strong shift'
-    def __repr__(self): return f'AUC {self.auc:.3f} ({self.low:.3f} … {self.high:.3f}), {self.n_train} train and {self.n_test} test photos: {self.verdict}'
+    def __repr__(self):
+        return f'AUC {self.auc:.3f} ({self.low:.3f} … {self.high:.3f}), {self.n_train} train and {self.n_test} test photos: {self.verdict}'
 
 # %% ../nbs/02_eda.ipynb #1f172a64
 def weighted_auc(
@@ -653,7 +659,8 @@ def shift_auc(
     med = t.groupby('split')[names].median()
     alone = [weighted_auc(y, x) for x in X.T]
     features = pd.DataFrame(dict(drop=np.mean(drops, 0), auc_alone=alone, train=med.loc['train'], test=med.loc['test']), index=names)
-    return Shift(auc, float(low), float(high), features.sort_values('drop', ascending=False), int((1-y).sum()), int(y.sum()), t[['split', *names]])
+    features = features.sort_values('drop', ascending=False)
+    return Shift(auc, float(low), float(high), features, int((1-y).sum()), int(y.sum()), t[['split', *names]])
 
 # %% ../nbs/02_eda.ipynb #02fc8783
 def _plot_drivers(ax, features):
@@ -678,7 +685,8 @@ def plot_shift(
         v = shift.values[name]
         low, high = v.quantile([.005, .995])
         bins = np.linspace(low, high, 31) if high > low else 10
-        for i,p in enumerate(('train', 'test')): ax.hist(v[shift.values.split == p], bins=bins, density=True, alpha=.5, color=f'C{i}', label=p)
+        for i,p in enumerate(('train', 'test')):
+            ax.hist(v[shift.values.split == p], bins=bins, density=True, alpha=.5, color=f'C{i}', label=p)
         ax.set_title(f'{name}, alone {shift.features.auc_alone[name]:.2f}', fontsize=10)
         ax.set_yticks([])
         ax.legend(fontsize=8)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'PHASES', 'Lines', 'measure_step', 'peak_resident', 'Peak', 'fit_batch', 'fit_of', 'largest_batch',
            'largest_of', 'peak_of', 'predict_peak', 'GB', 'GIB', 'OVERHEAD', 'StepSettings', 'memory_problems',
-           'parse_bytes', 'CLAIMS', 'DEVICES', 'compare_claims', 'how_safe', 'plot_study', 'study']
+           'parse_bytes', 'CLAIMS', 'DEVICES', 'compare_claims', 'how_safe', 'plot_study', 'step_problems', 'study']
 
 # %% ../../nbs/08_memory.ipynb #833879e0
 import carnb.core # before torch: see OMP_WAIT_POLICY there
@@ -13,10 +13,10 @@ from .count import PARTS, PHASES
 from .lines import Lines
 from .measure import measure_step, peak_resident
 from .peak import Peak, fit_batch, fit_of, largest_batch, largest_of, peak_of, predict_peak
-from .settings import GB, GIB, OVERHEAD, StepSettings, memory_problems, parse_bytes
+from .settings import GB, GIB, OVERHEAD, StepSettings, memory_problems, parse_bytes, step_problems
 from .study import CLAIMS, DEVICES, compare_claims, how_safe, plot_study, study
 
 # %% ../../nbs/08_memory.ipynb #69be7a98
 _all_ = ['PARTS', 'PHASES', 'Lines', 'measure_step', 'peak_resident', 'Peak', 'fit_batch', 'fit_of', 'largest_batch', 'largest_of',
          'peak_of', 'predict_peak', 'GB', 'GIB', 'OVERHEAD', 'StepSettings', 'memory_problems', 'parse_bytes', 'CLAIMS', 'DEVICES',
-         'compare_claims', 'how_safe', 'plot_study', 'study']
+         'compare_claims', 'how_safe', 'plot_study', 'step_problems', 'study']

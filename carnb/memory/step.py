@@ -23,7 +23,8 @@ def build_model(
     s, # resolved `StepSettings`
 )->nn.Module:
     "The model of a step on the meta device"
-    kw = dict(size=s.img_size, pretrained=False, pooling=s.pooling, drop_path=s.drop_path, head=s.head, grad_checkpointing=s.grad_checkpointing)
+    kw = dict(size=s.img_size, pretrained=False, pooling=s.pooling, drop_path=s.drop_path, head=s.head,
+              grad_checkpointing=s.grad_checkpointing)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try:
@@ -66,7 +67,7 @@ def freeze_body(
     model:nn.Module,
 ):
     "The head and BatchNorm alone learn"
-    free = {id(p) for p in split_params(model)[-1]}
+    free = {id(p) for group in split_params(model)[2:] for p in group} # after the two groups of the body
     free |= {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()}
     for p in model.parameters(): p.requires_grad_(id(p) in free)
 
@@ -124,7 +125,8 @@ def train_step(
     if s.freeze: freeze_body(model)
     opt = _make_states(s, model, counter)
     average = _average(model, counter) if s.ema else None  # alive until the end
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: counter.move(p.grad, GRADIENTS)) for p in model.parameters() if p.requires_grad]
+    def is_gradient(p): counter.move(p.grad, GRADIENTS)
+    hooks = [p.register_post_accumulate_grad_hook(is_gradient) for p in model.parameters() if p.requires_grad]
     counter.part = ACTIVATIONS
     waiting = photos(s, batch) if cut else None  # the rest of the batch waits on the device
     alive = SimpleNamespace()

@@ -7,6 +7,7 @@ __all__ = ['DEVICES', 'CLAIMS', 'how_safe', 'device_rows', 'study', 'plot_study'
 
 # %% ../../nbs/07u_memory.study.ipynb #13ba2de8
 from ..core import ConfigError, raise_problems # before torch: see OMP_WAIT_POLICY there
+import itertools
 import numpy as np, pandas as pd
 from ..backbones import PRESETS, find_preset
 from .cache import record_all
@@ -84,13 +85,14 @@ def study(
 
     def half_on_cuda(kind): return 'bf16' if kind == 'cuda' else 'fp32'
     kinds = {kind: half_on_cuda(kind) if precision == 'auto' else precision for kind,_ in devices.values()}
-    steps = {(a, px, kind): StepSettings(a, px, p, device=kind, **settings) for a in archs for px in own_sizes[a] for kind,p in kinds.items()}
-    record_all([(s.resolved(), False) for s in steps.values()])
-    def rows_of(a, px, name):
-        kind, usable = devices[name]
-        s = steps[a, px, kind]
-        return device_rows(s, batches or [find_preset(a).batch_size], name, usable*GIB, safe, borderline)
-    return pd.DataFrame([r for a in (progress(archs) if progress else archs) for px in own_sizes[a] for d in devices for r in rows_of(a, px, d)])
+    def step(a, px, kind): return StepSettings(a, px, kinds[kind], device=kind, **settings)
+    record_all([(step(a, px, kind).resolved(), False) for a in archs for px in own_sizes[a] for kind in kinds])
+    rows = []
+    for a in progress(archs) if progress else archs:
+        own_batches = batches or [find_preset(a).batch_size]
+        for px,(name,(kind,usable)) in itertools.product(own_sizes[a], devices.items()):
+            rows += device_rows(step(a, px, kind), own_batches, name, usable*GIB, safe, borderline)
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/07u_memory.study.ipynb #88ba4a7a
 _LEVELS = dict(safe='#b7e1c0', borderline='#fde9a9', no='#f4b6ae')
