@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
 TOP = set('README.md Makefile settings.ini setup.py constraints.txt nbs carnb runs .github .ci LICENSE CONTRIBUTING.md CHANGELOG.md .gitignore'.split())
-WITH_PARAMETERS = re.compile(r'(01|08|1[0-6]|20|21)_') # the check, stages, the memory study and the two studies of results
+STAGES = 'check memory train grid predict ensemble submit report ablation speed'.split() # each has one notebook with a parameters cell
 SLOW, MAX_MB, TIMEOUT, WORKERS = ('slow', 'gpu', 'notest'), 1.5, 900, 2
 
 
@@ -93,6 +93,16 @@ def number(name):
     m = re.match(r'(\d+)([a-z]?)_', name)
     return m and (int(m[1]), m[2])
 
+def family(path):
+    "What stands between the number and the first dot: 12a_ensemble.weights -> ensemble; `01_data` is the stage `check`"
+    name = path.stem.split('_', 1)[1].split('.')[0]
+    return 'check' if path.stem == '01_data' else name
+
+def module_of(path):
+    "The module that a notebook exports, without carnb: ensemble.weights, or ensemble for ensemble.__init__; its name when it exports none"
+    exported = [d.split()[1] for _, c in code_cells(path) for d in directives(source(c)) if d.startswith('default_exp ')]
+    return exported[0].removesuffix('.__init__') if exported else path.stem.split('_', 1)[1]
+
 def python_only(text):
     "A cell's text without the lines that only IPython understands"
     return '\n'.join('pass' if l.lstrip()[:1] in '%!?' and l.strip() else l for l in text.splitlines())
@@ -146,46 +156,59 @@ def notebooks_are_executed():
     fail_on(f'{short(p)} holds no outputs: run make notebooks NB={p.stem}' for p in books(tests=False)
             if any(for_outputs.search(source(c)) and not directives(source(c)) for _, c in code_cells(p)) and not any(c['outputs'] for _, c in code_cells(p)))
 
-def imports_of(tree, package='carnb'):
-    "Modules that a syntax tree imports, without `carnb.`, with their line; `package` is where relative ones begin"
+def imports_of(tree, package=''):
+    "Dotted names below carnb that a syntax tree of a module in `package` imports, with their line: ensemble.weights.soften"
     for n in ast.walk(tree):
-        if isinstance(n, ast.Import):
-            for a in n.names:
-                if a.name.startswith('carnb.'): yield a.name.removeprefix('carnb.'), n.lineno
+        if isinstance(n, ast.Import): found = [a.name for a in n.names]
         elif isinstance(n, ast.ImportFrom):
-            up = package.split('.')[:len(package.split('.'))+1-n.level] if n.level else []
-            full = '.'.join([*up, *filter(None, [n.module])])
-            if full == 'carnb': yield from ((a.name, n.lineno) for a in n.names)
-            elif full.startswith('carnb.'): yield full.removeprefix('carnb.'), n.lineno
+            parts = ['carnb', *filter(None, package.split('.'))]
+            base = ['.'.join(parts[:len(parts)-n.level+1])] if n.level else []
+            base = '.'.join([*base, *filter(None, [n.module])])
+            found = [f'{base}.{a.name}' for a in n.names]
+        else: continue
+        for name in found:
+            if name.startswith('carnb.'): yield name.removeprefix('carnb.'), n.lineno
 
-def module_path(p):
-    "carnb/report/page.py -> report.page; carnb/report/__init__.py -> report"
-    return '.'.join(p.relative_to(ROOT/'carnb').with_suffix('').parts).removesuffix('.__init__')
+def room_of(name, rooms):
+    "The module that an imported dotted name lives in: the longest known one; None for what is no module of ours"
+    parts = name.split('.')
+    return next((m for i in range(len(parts), 0, -1) if (m := '.'.join(parts[:i])) in rooms), None)
+
+def trees_of(path):
+    "The cells of a notebook as syntax trees, each with its place"
+    for i, c in code_cells(path):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                yield f'{short(path)} cell {i}', ast.parse(python_only(source(c)))
+        except SyntaxError:
+            if not source(c).startswith('%%'): raise Failed(f'{short(path)} cell {i} is not Python')
+
+def modules():
+    "(path, dotted name, package) of every module in carnb/ that a notebook exports"
+    for p in sorted((ROOT/'carnb').rglob('*.py')):
+        parts = p.relative_to(ROOT/'carnb').with_suffix('').parts
+        package = '.'.join(parts[:-1])
+        if parts[-1] == '__init__':
+            if package: yield p, package, package
+        elif not parts[-1].startswith('_'): yield p, '.'.join(parts), package
 
 def imports_point_down():
-    "A notebook imports only from lower-numbered ones (and, in its examples, from its own module)"
-    order = {p.stem.split('_', 1)[1]: number(p.stem) for p in books(tests=False) if number(p.stem)}
-    def parsed(p):
-        for i, c in code_cells(p):
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter('ignore')
-                    yield f'{short(p)} cell {i}', ast.parse(python_only(source(c)))
-            except SyntaxError:
-                if not source(c).startswith('%%'): raise Failed(f'{short(p)} cell {i} is not Python')
-    todo = [(p.stem.split('_', 1)[1], where, tree, True) for p in books(tests=False) if number(p.stem) for where, tree in parsed(p)]
-    package = {} # of a module, for its relative imports
-    for p in sorted((ROOT/'carnb').rglob('*.py')):
-        me = module_path(p)
-        package[me] = '.'.join(p.parent.relative_to(ROOT).parts)
-        todo.append((me, short(p), ast.parse(p.read_text(encoding='utf8')), False))
+    "A notebook imports only from lower-numbered ones (and, in its examples, from its own module); modules are known by their `default_exp`"
+    numbered = [p for p in books(tests=False) if number(p.stem)]
+    names = {p: module_of(p) for p in numbered}
+    rooms = {names[p]: number(p.stem) for p in numbered}
+    todo = [(names[p], '', where, tree, True) for p in numbered for where, tree in trees_of(p)]
+    todo += [(name, package, short(p), ast.parse(p.read_text(encoding='utf8')), False) for p, name, package in modules()]
     problems = []
-    for me, where, tree, own in todo:
-        if me not in order: continue
-        for m, line in imports_of(tree, package.get(me, 'carnb')):
-            if m in order and (order[m] > order[me] or m == me and not own):
-                problems.append(f'{where}, line {line}: {me} imports {m}, which comes ' + ('later' if m != me else 'from itself'))
-    fail_on(problems)
+    for me, package, where, tree, own in todo:
+        if me not in rooms: continue
+        for name, line in imports_of(tree, package):
+            m = room_of(name, rooms)
+            if m is None or m == me and own: continue
+            if m == me: problems.append(f'{where}, line {line}: {me} imports from itself')
+            elif rooms[m] >= rooms[me]: problems.append(f'{where}, line {line}: {me} imports {m}, which does not come before it')
+    fail_on(sorted(set(problems), key=problems.index))
 
 def tracked():
     "Files that are or would be committed"
@@ -232,11 +255,15 @@ def top_level():
 
 def parameters_cells():
     "Without the tag, papermill ignores -p in silence; and papermill runs every cell, so no stage may export the package"
-    problems = []
+    problems, stages = [], {}
     for p in books(tests=False):
         n = sum('parameters' in tags(c) for _, c in code_cells(p))
-        if n > 1 or not n and WITH_PARAMETERS.match(p.name): problems.append(f'{short(p)} has {n} cells tagged parameters, expected 1')
-        problems += [f'{short(p)} cell {i} calls nbdev_export, which would rewrite carnb/ in every run' for i, c in code_cells(p) if n and 'nbdev_export(' in source(c)]
+        if n > 1: problems.append(f'{short(p)} has {n} cells tagged parameters, expected 1')
+        if not n: continue
+        stages.setdefault(family(p), []).append(short(p))
+        problems += [f'{short(p)} cell {i} calls nbdev_export, which would rewrite carnb/ in every run' for i, c in code_cells(p) if 'nbdev_export(' in source(c)]
+    problems += [f'no notebook of the stage {s} has a cell tagged parameters' for s in STAGES if s not in stages]
+    problems += [f'{" and ".join(found)} both have a parameters cell: the stage {s} has one notebook' for s, found in stages.items() if len(found) > 1]
     fail_on(problems)
 
 def readme_in_sync():

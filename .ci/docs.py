@@ -67,7 +67,17 @@ def number(stem):
     m = re.match(r'(\d+)[a-z]?_', stem)
     return int(m[1]) if m else None
 
-def module_of(stem): return stem.split('_', 1)[1] if number(stem) is not None else None
+def module_of(path):
+    "The module that a numbered notebook exports, without carnb (`ensemble.weights`; `ensemble` for `ensemble.__init__`); its name when it exports none"
+    if number(path.stem) is None: return None
+    text = '\n'.join(''.join(c['source']) for c in json.loads(path.read_text(encoding='utf8'))['cells'] if c['cell_type'] == 'code')
+    exported = re.search(r'^#\|\s*default_exp\s+(\S+)', text, re.M)
+    return exported[1].removesuffix('.__init__') if exported else path.stem.split('_', 1)[1]
+
+def file_of(module):
+    "The file of a module of carnb; None when there is none"
+    base = ROOT/'carnb'/module.replace('.', '/')
+    return next((p for p in (base.with_name(base.name + '.py'), base/'__init__.py') if p.exists()), None)
 
 def directives(text):
     "{name: value} of the `#|` lines, and the text without them"
@@ -153,7 +163,10 @@ def text_of(markdown, known, page):
             return f'{m[1]}{cfg["git_url"]}/{kind}/{cfg["branch"]}/{path if (ROOT/path).exists() else "nbs/" + path}{m[3]}'
         return m[0]
     def name(m):
-        plain = re.sub(r'^carnb\.(\w+\.)?', '', m[1]).rstrip('()')
+        plain = m[1].rstrip('()')
+        if plain.startswith('carnb.'): # carnb.pooling.GeM, carnb.ensemble.weights.soften: without the modules
+            parts = plain.split('.')
+            plain = next((n for i in range(1, len(parts)) if (n := '.'.join(parts[i:])) in known), plain)
         return f'[`{m[1]}`]({known[plain]})' if plain in known and not known[plain].endswith(f'{page}#') else m[0]
     out = []
     for i, part in enumerate(re.split(r'(^```.*?^```|^\$\$.*?\$\$)', markdown, flags=re.M | re.S)):
@@ -167,11 +180,9 @@ def text_of(markdown, known, page):
 def prepare(path, known):
     "A notebook as Sphinx shall read it"
     nb = json.loads(path.read_text(encoding='utf8'))
-    stem, cells = path.stem, []
-    name = module_of(stem)
-    at = ROOT/'carnb'/(name or '').replace('.', '/') # a dot in a notebook's name is a folder
-    there = bool(name) and (at.with_name(f'{at.name}.py').exists() or (at/'__init__.py').exists())
-    module = importlib.import_module(f'carnb.{name}') if there else None
+    cells = []
+    name = module_of(path)
+    module = importlib.import_module(f'carnb.{name}') if name and file_of(name) else None
     elsewhere = shown_elsewhere(nb['cells'])
     for c in nb['cells']:
         source = ''.join(c['source'])
@@ -204,7 +215,7 @@ def contents(stems, pages):
     def toctree(caption, entries): return '```{toctree}\n:hidden:\n:maxdepth: 1\n:caption: ' + caption + '\n\n' + '\n'.join(entries) + '\n```\n'
     parts = []
     for caption, numbers in GROUPS.items():
-        entries = [f'{s.split("_", 1)[0]} {module_of(s)} <{s}>' for s in stems if number(s) in numbers]
+        entries = [f'{s.split("_", 1)[0]} {module_of(NBS/f"{s}.ipynb")} <{s}>' for s in stems if number(s) in numbers]
         if entries: parts.append(toctree(caption, entries))
     if pages: parts.append(toctree('Project', [f'{p[:-3].capitalize()} <{p[:-3]}>' for p in pages]))
     return '\n'.join(parts)

@@ -4,25 +4,30 @@
 
 # %% auto #0
 __all__ = ['NAME_KINDS', 'class_balance', 'plot_balance', 'canvas_size', 'plot_sizes', 'colour_stats', 'photo_features',
-           'plot_brightness', 'sample_sheet', 'label_pairs', 'show_pairs', 'name_candidates', 'Shift', 'weighted_auc',
-           'shift_auc', 'plot_shift', 'eda_summary']
+           'plot_brightness', 'sample_sheet', 'label_pairs', 'show_pairs', 'NameParts', 'name_parts', 'is_slip',
+           'name_kind', 'shared_photos', 'name_candidates', 'Shift', 'weighted_auc', 'shift_auc', 'plot_shift',
+           'eda_summary']
 
 # %% ../nbs/02_eda.ipynb #0e3f453b
 import difflib, itertools, re, unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import cv2, matplotlib as mpl, matplotlib.pyplot as plt, numpy as np, pandas as pd
-from .core import *
-from .data import *
+from .canvas import median_aspect, sides_of
+from .core import ConfigError, DataError, did_you_mean, item_rng, raise_problems, use_korean_font
+from .data import merge_suggestions, nfc, read_image
 
 # %% ../nbs/02_eda.ipynb #7e6af385
 def _need(table, columns, what):
     "`DataError` unless `table` has rows and all `columns`"
     if not isinstance(table, pd.DataFrame): raise DataError(f'{what}: expected a pandas table, not {type(table).__name__}')
-    raise_problems(f'{what}: the table lacks columns', [f'{c}{did_you_mean(c, table.columns)}' for c in columns if c not in table], DataError)
+    missing = [f'{c}{did_you_mean(c, table.columns)}' for c in columns if c not in table]
+    raise_problems(f'{what}: the table lacks columns', missing, DataError)
     if not len(table): raise DataError(f'{what}: the table is empty')
     return table
 
+# %% ../nbs/02_eda.ipynb #06774cc7
 def _labelled(items, column, split):
     "Rows of `split` that have a class in `column`"
     t = _need(items, ['path', column], 'items')
@@ -31,6 +36,7 @@ def _labelled(items, column, split):
     if not len(t): raise DataError(f'items: no photo of the {split or "whole"} part has a {column}')
     return t
 
+# %% ../nbs/02_eda.ipynb #032ff75d
 def _axes(n, width, height, axes=None, **kwargs):
     "`n` axes beside each other, with Hangul; those given, if any"
     if 'NanumGothic' not in mpl.rcParams['font.family']: use_korean_font()
@@ -39,8 +45,10 @@ def _axes(n, width, height, axes=None, **kwargs):
     if len(axes) != n: raise ConfigError(f'axes: {len(axes)} given, expected {n}')
     return axes
 
+# %% ../nbs/02_eda.ipynb #096c4950
 def _columns(s): return sum(1 + (unicodedata.east_asian_width(c) in 'WF') for c in s) # a Hangul syllable is as wide as two letters
 
+# %% ../nbs/02_eda.ipynb #c8445eed
 def _wrap(
     name, # any text
     width:int=22, # columns per line
@@ -73,6 +81,42 @@ def class_balance(
     res = res.reset_index().sort_values(['photos', 'class'], ascending=[False, True]).set_index('class')
     return res.assign(share=res.photos/res.photos.sum(), cumulative=res.photos.cumsum()/res.photos.sum())
 
+# %% ../nbs/02_eda.ipynb #04c5c649
+def _bars(ax, t, rare):
+    "A bar per class with its name and number; rare ones are red"
+    colours = ['C3' if r else 'k' for r in rare[t.index]]
+    ax.barh(range(len(t)), t.photos, color=np.where(rare[t.index], 'C3', 'C0'))
+    ax.set_yticks(range(len(t)), [_wrap(c, 44, 1) for c in t.index])
+    ax.invert_yaxis()
+    ax.set_xlabel('photos')
+    for i,(n, c, name) in enumerate(zip(t.photos, colours, ax.get_yticklabels())):
+        ax.text(n, i, f' {n}', va='center', fontsize=8, color=c)
+        name.set_color(c)
+    ax.margins(x=.12, y=.01)
+    ax.spines[['top', 'right']].set_visible(False)
+
+# %% ../nbs/02_eda.ipynb #20c62490
+def _curve(ax, b, rare):
+    "Photos by rank, with the median and the number of classes that hold half of the photos"
+    rank, median = np.arange(1, len(b)+1), b.photos.median()
+    ax.fill_between(rank, b.photos, step='mid', color='C0', alpha=.85)
+    ax.fill_between(rank, b.photos, step='mid', color='C3', where=rare.to_numpy())
+    ax.axhline(median, c='k', lw=.8, ls='--')
+    ax.text(len(b), median, f'median {median:g} ', ha='right', va='bottom', fontsize=9)
+    half = int((b.cumulative < .5).sum())+1
+    ax.axvline(half, c='k', lw=.8, ls=':')
+    ax.text(half, b.photos.max(), f' half of the photos\n are in {half} classes', va='top', fontsize=9)
+    ax.set(xlabel='classes, most frequent first', ylabel='photos', xlim=(.5, len(b)+.5), ylim=(0, None))
+    ax.spines[['top', 'right']].set_visible(False)
+
+# %% ../nbs/02_eda.ipynb #fc400411
+def _ends(ax, b, rare, top):
+    "Bars of the `top` most frequent and the `top` rarest classes, and how many lie between"
+    between = pd.DataFrame(dict(photos=[0]), index=[''])
+    _bars(ax, pd.concat([b[['photos']].head(top), between, b[['photos']].tail(top)]), pd.concat([rare, pd.Series([False], [''])]))
+    ax.texts[top].set_text(f'… {len(b)-2*top} classes between …')
+
+# %% ../nbs/02_eda.ipynb #795952d5
 def plot_balance(
     items:pd.DataFrame, # items table
     column:str='target', # class column
@@ -85,31 +129,17 @@ def plot_balance(
     "Photos per class, sorted; of many classes only head and tail are named"
     b = class_balance(items, column, split)
     rare = b.groups < n_folds
-    def bars(ax, t):
-        ax.barh(range(len(t)), t.photos, color=np.where(rare[t.index], 'C3', 'C0'))
-        ax.set_yticks(range(len(t)), [_wrap(c, 44, 1) for c in t.index]); ax.invert_yaxis(); ax.set_xlabel('photos')
-        for i,n in enumerate(t.photos): ax.text(n, i, f' {n}', va='center', fontsize=8, color='C3' if rare[t.index[i]] else 'k')
-        for i,l in enumerate(ax.get_yticklabels()): l.set_color('C3' if rare[t.index[i]] else 'k')
-        ax.margins(x=.12, y=.01); ax.spines[['top', 'right']].set_visible(False)
     title = f'{len(b)} classes, {b.photos.sum():,} photos; largest : smallest = {b.photos.max()/b.photos.min():.3g} : 1'
-    note = f'; {rare.sum()} with fewer than {n_folds} independent photos (red)' if rare.any() else ''
+    if rare.any(): title += f'; {rare.sum()} with fewer than {n_folds} independent photos (red)'
     if len(b) <= max_named:
         ax, = _axes(1, 7.5, 1+.25*len(b), axes)
-        bars(ax, b); ax.set_title(title+note, fontsize=10)
+        _bars(ax, b, rare)
+        ax.set_title(title, fontsize=10)
         return ax
     left, right = _axes(2, 10.5, 1.2+.21*(2*top+1), axes, width_ratios=[1.1, 1])
-    rank = np.arange(1, len(b)+1)
-    left.fill_between(rank, b.photos, step='mid', color='C0', alpha=.85)
-    left.fill_between(rank, b.photos, step='mid', color='C3', where=rare.to_numpy())
-    left.axhline(b.photos.median(), c='k', lw=.8, ls='--'); left.text(len(b), b.photos.median(), f'median {b.photos.median():g} ', ha='right', va='bottom', fontsize=9)
-    half = int((b.cumulative < .5).sum())+1
-    left.axvline(half, c='k', lw=.8, ls=':'); left.text(half, b.photos.max(), f' half of the photos\n are in {half} classes', va='top', fontsize=9)
-    left.set(xlabel='classes, most frequent first', ylabel='photos', xlim=(.5, len(b)+.5), ylim=(0, None)); left.spines[['top', 'right']].set_visible(False)
-    ends = pd.concat([b.head(top), pd.DataFrame(dict(photos=[0], groups=[n_folds]), index=['']), b.tail(top)])
-    rare[''] = False
-    bars(right, ends)
-    right.texts[top].set_text(f'… {len(b)-2*top} classes between …')
-    left.figure.suptitle(title+note, fontsize=10)
+    _curve(left, b, rare)
+    _ends(right, b, rare, top)
+    left.figure.suptitle(title, fontsize=10)
     return np.array([left, right])
 
 # %% ../nbs/02_eda.ipynb #9a31cf70
@@ -124,42 +154,58 @@ def _readable(checked, columns=()):
     if not len(t): raise DataError('checked: not one of the photos could be read')
     return t
 
+# %% ../nbs/02_eda.ipynb #9b733294
 def canvas_size(
     checked:pd.DataFrame, # from `check_photos`
-    area:int=224*224, # pixels wanted
+    area:int=224*224, # pixels at most
     multiple:int=32, # both sides are multiples of this
 )->tuple[int,int]: # (h, w)
-    "Canvas of about `area` pixels in the median shape of the photos"
-    t = _readable(checked)
-    aspect = float(np.median(t.width/t.height))
-    sides = np.arange(1, int(np.sqrt(area*50)/multiple)+2)*multiple
-    h, w = np.meshgrid(sides, sides, indexing='ij')
-    off = np.abs(np.log(w/h/aspect)) + np.abs(np.log(h*w/area))
-    i, j = np.unravel_index(off.argmin(), off.shape)
-    return int(sides[i]), int(sides[j])
+    "Canvas of up to `area` pixels in the median shape of the photos"
+    _readable(checked)
+    return sides_of(area, median_aspect(checked), multiple)
 
+# %% ../nbs/02_eda.ipynb #31f83e0f
+def _round_ticks(axis, subs):
+    "Ticks at `subs` of each power of ten, as plain numbers"
+    axis.set_major_locator(mpl.ticker.LogLocator(subs=subs, numticks=30))
+    axis.set_major_formatter('{x:g}')
+    axis.set_minor_formatter(mpl.ticker.NullFormatter())
+
+# %% ../nbs/02_eda.ipynb #bfa77a7c
+def _plot_sides(ax, t, canvas):
+    "Width against height of each photo, and the canvas"
+    h, w = canvas
+    ax.scatter(t.width, t.height, s=8, alpha=max(.08, min(.6, 150/len(t))), lw=0)
+    ax.scatter([w], [h], marker='*', s=90, c='C3', zorder=3, label=f'canvas {h} × {w} (h × w)')
+    ax.set(xscale='log', yscale='log', xlabel='width, px', ylabel='height, px')
+    for axis in (ax.xaxis, ax.yaxis): _round_ticks(axis, (1, 1.5, 2, 3, 4, 6))
+    ax.legend(fontsize=8)
+    ax.set_title(f'{len(t):,} photos, median {t.width.median():.0f} × {t.height.median():.0f} px', fontsize=10)
+
+# %% ../nbs/02_eda.ipynb #907af14e
+def _plot_aspects(ax, aspect, of_canvas):
+    "Distribution of width : height, and how many photos are far from the canvas"
+    lo, hi = np.log2(aspect.quantile([.002, .998])+[-.05, .05])
+    ax.hist(aspect.clip(2**lo, 2**hi), bins=2**np.linspace(lo, hi, 40), color='C0')
+    ax.axvline(aspect.median(), c='k', ls='--', lw=1, label=f'median {aspect.median():.2f}')
+    ax.axvline(of_canvas, c='C3', lw=1.5, label=f'canvas {of_canvas:.2f}')
+    ax.set(xscale='log', xlabel='width : height', ylabel='photos')
+    _round_ticks(ax.xaxis, (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 6, 8))
+    far = (np.abs(np.log(aspect/of_canvas)) > np.log(1.25)).mean()
+    ax.legend(fontsize=8)
+    ax.set_title(f'{far:.0%} differ from the canvas by more than a quarter', fontsize=10)
+
+# %% ../nbs/02_eda.ipynb #6d791738
 def plot_sizes(
     checked:pd.DataFrame, # from `check_photos`
     area:int=224*224, # pixels of the canvas that is drawn in
     axes=None, # two axes
 ): # array of two axes
     "Width against height, and the distribution of the aspect with the canvas that fits it"
-    t = _readable(checked)
-    aspect, (h, w) = t.width/t.height, canvas_size(t, area)
+    t, (h, w) = _readable(checked), canvas_size(checked, area)
     left, right = _axes(2, 9, 3, axes)
-    left.scatter(t.width, t.height, s=8, alpha=max(.08, min(.6, 150/len(t))), lw=0)
-    left.scatter([w], [h], marker='*', s=90, c='C3', zorder=3, label=f'canvas {h} × {w} (h × w)')
-    left.set(xscale='log', yscale='log', xlabel='width, px', ylabel='height, px')
-    for axis in (left.xaxis, left.yaxis):
-        axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 6), numticks=30)); axis.set_major_formatter('{x:g}'); axis.set_minor_formatter(mpl.ticker.NullFormatter())
-    left.legend(fontsize=8); left.set_title(f'{len(t):,} photos, median {t.width.median():.0f} × {t.height.median():.0f} px', fontsize=10)
-    lo, hi = np.log2(aspect.quantile([.002, .998])+[-.05, .05])
-    right.hist(aspect.clip(2**lo, 2**hi), bins=2**np.linspace(lo, hi, 40), color='C0')
-    right.axvline(aspect.median(), c='k', ls='--', lw=1, label=f'median {aspect.median():.2f}'); right.axvline(w/h, c='C3', lw=1.5, label=f'canvas {w/h:.2f}')
-    right.set(xscale='log', xlabel='width : height', ylabel='photos'); right.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 6, 8), numticks=30))
-    right.xaxis.set_major_formatter('{x:g}'); right.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-    far = (np.abs(np.log(aspect/(w/h))) > np.log(1.25)).mean()
-    right.legend(fontsize=8); right.set_title(f'{far:.0%} differ from the canvas by more than a quarter', fontsize=10)
+    _plot_sides(left, t, (h, w))
+    _plot_aspects(right, t.width/t.height, w/h)
     return np.array([left, right])
 
 # %% ../nbs/02_eda.ipynb #9bf9c5fc
@@ -176,44 +222,61 @@ def colour_stats(
     mean, var = sums[:3], sums[3:]-sums[:3]**2
     return tuple(map(float, mean)), tuple(map(float, np.sqrt(var.clip(0))))
 
+# %% ../nbs/02_eda.ipynb #61221c92
+def _thumbs(texts):
+    "Thumbnails (n, side, side) in 0..1"
+    side = int(np.sqrt(len(texts.iloc[0])//2))
+    return np.stack([np.frombuffer(bytes.fromhex(x), 'u1') for x in texts]).reshape(-1, side, side)/255
+
+# %% ../nbs/02_eda.ipynb #28dd7568
 def photo_features(
     checked:pd.DataFrame, # from `check_photos`
 )->pd.DataFrame: # a row per readable photo; path and the features below
     "Cheap numbers that describe how a photo looks"
     t = _readable(checked, ['thumb', *(f'{k}_{c}' for k in ('mean', 'sq') for c in 'rgb')])
-    m, q = (t[[f'{k}_{c}' for c in 'rgb']].to_numpy(float) for k in ('mean', 'sq'))      # (n, 3)
-    side = int(np.sqrt(len(t.thumb.iloc[0])//2))
-    thumb = np.stack([np.frombuffer(bytes.fromhex(x), 'u1') for x in t.thumb]).reshape(-1, side, side)/255
+    m, q = (t[[f'{k}_{c}' for c in 'rgb']].to_numpy(float) for k in ('mean', 'sq')) # (n, 3)
+    thumb = _thumbs(t.thumb)
+    side = thumb.shape[1]
     k = side//4
     centre, total = thumb[:,k:-k,k:-k].mean((1, 2)), thumb.mean((1, 2))
     inside = (side-2*k)**2/side**2
-    return pd.DataFrame({
-        'path': t.path.to_numpy(), 'aspect': (t.width/t.height).to_numpy(), 'megapixels': (t.width*t.height).to_numpy()/1e6,
-        'brightness': m @ [.299, .587, .114],                                           # luma of the mean colour, 0..1
-        'contrast': np.sqrt((q-m**2).clip(0).mean(1)),                                  # standard deviation within the photo
-        'red_green': m[:,0]-m[:,1], 'yellow_blue': m[:,:2].mean(1)-m[:,2],              # colour cast
-        'centre_border': centre - (total-inside*centre)/(1-inside),                     # middle brighter than the frame
-        'top_bottom': thumb[:,:side//2].mean((1, 2))-thumb[:,side//2:].mean((1, 2)),    # sky above, ground below
-        'detail': np.abs(np.diff(thumb, axis=2)).mean((1, 2))})                         # change between neighbours of the thumbnail
+    return pd.DataFrame(dict(
+        path=t.path.to_numpy(),
+        aspect=(t.width/t.height).to_numpy(),
+        megapixels=(t.width*t.height).to_numpy()/1e6,
+        brightness=m @ [.299, .587, .114], # luma of the mean colour, 0..1
+        contrast=np.sqrt((q-m**2).clip(0).mean(1)), # standard deviation within the photo
+        red_green=m[:,0]-m[:,1], # colour cast
+        yellow_blue=m[:,:2].mean(1)-m[:,2],
+        centre_border=centre - (total-inside*centre)/(1-inside), # middle brighter than the frame
+        top_bottom=thumb[:,:side//2].mean((1, 2))-thumb[:,side//2:].mean((1, 2)), # sky above, ground below
+        detail=np.abs(np.diff(thumb, axis=2)).mean((1, 2)))) # change between neighbours of the thumbnail
 
+# %% ../nbs/02_eda.ipynb #53bd5242
 def plot_brightness(
     checked:pd.DataFrame, # from `check_photos`
     items:pd.DataFrame|None=None, # tells training from test photos
     axes=None, # three axes
 ): # array of three axes
     "Brightness, contrast and channel means of the photos, training and test apart"
-    f = photo_features(checked).merge(_readable(checked)[['path', 'mean_r', 'mean_g', 'mean_b']].drop_duplicates('path'), on='path')
-    part = f.path.map(dict(zip(items.path, items.split))).fillna('other') if items is not None else pd.Series('all', f.index)
+    means = _readable(checked)[['path', 'mean_r', 'mean_g', 'mean_b']].drop_duplicates('path')
+    f = photo_features(checked).merge(means, on='path')
+    part = pd.Series('all', f.index) if items is None else f.path.map(dict(zip(items.path, items.split))).fillna('other')
     parts = [p for p in ('train', 'test', 'all', 'other') if (part == p).any()]
-    axs = _axes(3, 11, 2.8, axes)
+    light, spread, colour = axs = _axes(3, 11, 2.8, axes)
+    bins, alpha = np.linspace(0, 1, 41), max(.08, min(.6, 200/len(f)))
     for i,p in enumerate(parts):
         g = f[part == p]
-        axs[0].hist(g.brightness, bins=np.linspace(0, 1, 41), density=True, histtype='stepfilled', alpha=.5, color=f'C{i}', label=f'{p} ({len(g):,})')
-        axs[1].scatter(g.brightness, g.contrast, s=7, lw=0, color=f'C{i}', alpha=max(.08, min(.6, 200/len(f))), label=p)
-    for c in ('red', 'green', 'blue'): axs[2].hist(f[f'mean_{c[0]}'], bins=np.linspace(0, 1, 41), density=True, histtype='step', color=f'tab:{c}', label=c)
-    axs[0].set(xlabel='brightness of a photo, 0..1', ylabel='density', title='brightness'); axs[1].set(xlabel='brightness', ylabel='contrast (std within the photo)', title='contrast')
-    axs[2].set(xlabel='channel mean of a photo', ylabel='density', title='colour')
-    for a in axs: a.title.set_fontsize(10); a.legend(fontsize=8)
+        light.hist(g.brightness, bins=bins, density=True, histtype='stepfilled', alpha=.5, color=f'C{i}', label=f'{p} ({len(g):,})')
+        spread.scatter(g.brightness, g.contrast, s=7, lw=0, color=f'C{i}', alpha=alpha, label=p)
+    for c in ('red', 'green', 'blue'):
+        colour.hist(f[f'mean_{c[0]}'], bins=bins, density=True, histtype='step', color=f'tab:{c}', label=c)
+    light.set(xlabel='brightness of a photo, 0..1', ylabel='density', title='brightness')
+    spread.set(xlabel='brightness', ylabel='contrast (std within the photo)', title='contrast')
+    colour.set(xlabel='channel mean of a photo', ylabel='density', title='colour')
+    for a in axs:
+        a.title.set_fontsize(10)
+        a.legend(fontsize=8)
     return axs
 
 # %% ../nbs/02_eda.ipynb #30c0e6c8
@@ -223,12 +286,15 @@ def _cell(path, size):
     except DataError: return None
     h, w = size
     k = min(h/im.shape[0], w/im.shape[1])
-    im = cv2.resize(np.ascontiguousarray(im), (max(1, round(im.shape[1]*k)), max(1, round(im.shape[0]*k))), interpolation=cv2.INTER_AREA if k < 1 else cv2.INTER_LINEAR)
+    width, height = (max(1, round(n*k)) for n in im.shape[1::-1])
+    how = cv2.INTER_AREA if k < 1 else cv2.INTER_LINEAR
+    im = cv2.resize(np.ascontiguousarray(im), (width, height), interpolation=how)
     res = np.full((h, w, 3), 240, 'u1')
     y, x = (h-im.shape[0])//2, (w-im.shape[1])//2
     res[y:y+im.shape[0], x:x+im.shape[1]] = im
     return res
 
+# %% ../nbs/02_eda.ipynb #ebdd3a9a
 def _mosaic(rows, size, below=0, gap=4, left=2.3):
     "Axes with `rows` of paths (or None) as one picture; `below` px are kept free under each photo, `left` inches for names"
     h, w = size
@@ -242,14 +308,48 @@ def _mosaic(rows, size, below=0, gap=4, left=2.3):
         im = _cell(path, size)
         big[y:y+h,x:x+w] = 225 if im is None else im
         if im is None: ax.text(x+w/2, y+h/2, 'cannot be read', ha='center', va='center', fontsize=11, color='C3')
-    ax.imshow(big, interpolation='antialiased'); ax.set(xticks=[], yticks=[]); ax.set_frame_on(False); ax.tick_params(length=0)
+    ax.imshow(big, interpolation='antialiased')
+    ax.set(xticks=[], yticks=[])
+    ax.set_frame_on(False)
+    ax.tick_params(length=0)
     return ax
 
+# %% ../nbs/02_eda.ipynb #03c7df72
 def _page(n, per, page, what):
     pages = -(-n//per)
-    if not 0 <= page < pages: raise ConfigError(f'page: {page}; there {"are" if pages > 1 else "is"} {pages} page{"s"*(pages > 1)} of {per} {what} (0 to {pages-1})')
+    if not 0 <= page < pages:
+        there_are = f'there are {pages} pages' if pages > 1 else f'there is {pages} page'
+        raise ConfigError(f'page: {page}; {there_are} of {per} {what} (0 to {pages-1})')
     return pages, slice(page*per, (page+1)*per)
 
+# %% ../nbs/02_eda.ipynb #397b462a
+def _page_title(page, pages): return f'page {page} of 0 … {pages-1}' if pages > 1 else ''
+
+# %% ../nbs/02_eda.ipynb #e709bd2a
+def _named(items, column, split):
+    "Rows of `split`, with `path` and the `name` of their class"
+    t = _need(items, ['path', column], 'items')
+    if split and 'split' in t: t = t[t.split == split]
+    if not len(t): raise DataError(f'items: no photos in the {split} part')
+    name = t[column].map(lambda c: nfc(c) if pd.notna(c) and str(c) else '(no label)').astype(object)
+    return pd.DataFrame(dict(path=t.path, name=name))
+
+# %% ../nbs/02_eda.ipynb #8675ceec
+def _wanted_classes(classes, count):
+    "The names that a sheet shows: all, most frequent first, or those given; `ConfigError` for unknown ones"
+    known = sorted(count.index, key=lambda c: (-count[c], c))
+    if classes is None: return known
+    classes = [nfc(c) for c in ([classes] if isinstance(classes, str) else classes)]
+    raise_problems('sample_sheet: unknown classes', [f'{c}{did_you_mean(c, known)}' for c in classes if c not in count], ConfigError)
+    if not classes: raise ConfigError('sample_sheet: classes is empty')
+    return classes
+
+# %% ../nbs/02_eda.ipynb #ac64c103
+def _draw(paths, name, seed):
+    "The photos of a class in an order that depends on its name and the seed alone"
+    return item_rng(seed, int.from_bytes(name.encode()) % 2**32).permutation(paths.sort_values().to_numpy())
+
+# %% ../nbs/02_eda.ipynb #8cb11921
 def sample_sheet(
     items:pd.DataFrame, # items table
     data_dir, # `path` in items is below it
@@ -263,23 +363,18 @@ def sample_sheet(
     size:tuple=(84, 128), # (h, w) of a photo on the sheet, px
 ): # axes
     "Random photos of each class, a row per class; `ConfigError` for unknown classes or pages"
-    t = _need(items, ['path', column], 'items')
-    if split and 'split' in t: t = t[t.split == split]
-    name = t[column].map(lambda c: nfc(c) if pd.notna(c) and str(c) else '(no label)').astype(object)
-    count = name.value_counts()
-    known = sorted(count.index, key=lambda c: (-count[c], c))
-    if not known: raise DataError(f'items: no photos in the {split} part')
-    classes = known if classes is None else [nfc(c) for c in ([classes] if isinstance(classes, str) else classes)]
-    raise_problems('sample_sheet: unknown classes', [f'{c}{did_you_mean(c, known)}' for c in classes if c not in count], ConfigError)
-    if not classes: raise ConfigError('sample_sheet: classes is empty')
+    t = _named(items, column, split)
+    count = t.name.value_counts()
+    classes = _wanted_classes(classes, count)
     pages, part = _page(len(classes), rows, page, 'classes')
-    def draw(c): # by hash of the name
-        paths = t.path[name == c].sort_values().to_numpy()
-        return [Path(data_dir)/p for p in item_rng(seed, int.from_bytes(c.encode()) % 2**32).permutation(paths)[:n]]
-    ax = _mosaic([draw(c)+[None]*(n-min(n, count[c])) for c in classes[part]], size)
-    h = size[0]+4
-    ax.set_yticks([i*h+size[0]/2 for i in range(len(classes[part]))], [f'{_wrap(c)}\n{count[c]} photos' for c in classes[part]], fontsize=11)
-    ax.set_title(f'page {page} of 0 … {pages-1}' if pages > 1 else '', fontsize=11, loc='right')
+    shown = classes[part]
+    def row(c):
+        paths = [Path(data_dir)/p for p in _draw(t.path[t.name == c], c, seed)[:n]]
+        return paths + [None]*(n-len(paths))
+    ax = _mosaic([row(c) for c in shown], size)
+    middle = [i*(size[0]+4)+size[0]/2 for i in range(len(shown))]
+    ax.set_yticks(middle, [f'{_wrap(c)}\n{count[c]} photos' for c in shown], fontsize=11)
+    ax.set_title(_page_title(page, pages), fontsize=11, loc='right')
     return ax
 
 # %% ../nbs/02_eda.ipynb #f27ef0b8
@@ -300,6 +395,25 @@ def label_pairs(
     res['conflict'] = (res.label_a != '') & (res.label_b != '') & (res.label_a != res.label_b)
     return res.sort_values('conflict', ascending=False, kind='stable', ignore_index=True)
 
+# %% ../nbs/02_eda.ipynb #3a3a2253
+def _pair_text(r):
+    "What is said about a pair: its kind, the bits that differ, whether the labels do"
+    said = r.kind
+    if r.kind != 'exact' and hasattr(r, 'bits'): said += f', {r.bits} of 64 bits differ'
+    return said + (', labels differ' if r.conflict else '')
+
+# %% ../nbs/02_eda.ipynb #e0d77599
+def _label_pair(ax, r, i, size, below, gap):
+    "Write under the pair `i` of a page, two pairs in a row"
+    across, down = size[1]+gap, size[0]+below+gap
+    y, left = i//2*down+size[0]+2, i%2*2
+    style = dict(ha='center', va='top', fontsize=10.5, color='C3' if r.conflict else '0.25')
+    labels = [_wrap(label or f'({split or "not in items"})', 24, 2) for label,split in ((r.label_a, r.split_a), (r.label_b, r.split_b))]
+    for j,label in enumerate(labels): ax.text((left+j)*across+size[1]/2, y, label, linespacing=1.05, **style)
+    two_lines = any('\n' in l for l in labels)
+    ax.text((left+1)*across-gap/2, y+(29 if two_lines else 15), _pair_text(r), weight='bold', **style)
+
+# %% ../nbs/02_eda.ipynb #90c941fd
 def show_pairs(
     pairs:pd.DataFrame, # from `duplicate_pairs`
     items:pd.DataFrame, # items table
@@ -312,26 +426,20 @@ def show_pairs(
     "Duplicate pairs side by side, two pairs in a row, with kind and both labels; different labels are red"
     t = label_pairs(pairs, items, column)
     if not len(t):
-        ax, = _axes(1, 4, .6); ax.axis('off'); ax.text(.5, .5, 'no duplicate pairs', ha='center', va='center')
+        ax, = _axes(1, 4, .6)
+        ax.axis('off')
+        ax.text(.5, .5, 'no duplicate pairs', ha='center', va='center')
         return ax
     pages, part = _page(len(t), per_page, page, 'pairs')
-    t = t[part].reset_index(drop=True)
-    flat = [[Path(data_dir)/r.a, Path(data_dir)/r.b] for r in t.itertuples()]
-    rows = [sum(flat[i:i+2], []) for i in range(0, len(flat), 2)]
+    shown = list(t[part].itertuples())
+    flat = [[Path(data_dir)/r.a, Path(data_dir)/r.b] for r in shown]
     below, gap = 48, 4
-    ax = _mosaic(rows, size, below, gap, left=.2)
-    for i,r in enumerate(t.itertuples()):
-        y, colour = i//2*(size[0]+below+gap)+size[0]+2, 'C3' if r.conflict else '0.25'
-        for j,(label, split) in enumerate([(r.label_a, r.split_a), (r.label_b, r.split_b)]):
-            x = (i%2*2+j)*(size[1]+gap)
-            ax.text(x+size[1]/2, y, _wrap(label or f'({split or "not in items"})', 24, 2), ha='center', va='top', fontsize=10.5, color=colour, linespacing=1.05)
-        x = (i%2*2+1)*(size[1]+gap)-gap/2
-        said = r.kind + (f', {r.bits} of 64 bits differ' if r.kind != 'exact' and hasattr(r, 'bits') else '') + (', labels differ' if r.conflict else '')
-        ax.text(x, y+(29 if '\n' in ax.texts[-1].get_text()+ax.texts[-2].get_text() else 15), said, ha='center', va='top', fontsize=10.5, color=colour, weight='bold')
-    ax.set_title(f'page {page} of 0 … {pages-1}' if pages > 1 else '', fontsize=11, loc='right')
+    ax = _mosaic([sum(flat[i:i+2], []) for i in range(0, len(flat), 2)], size, below, gap, left=.2)
+    for i,r in enumerate(shown): _label_pair(ax, r, i, size, below, gap)
+    ax.set_title(_page_title(page, pages), fontsize=11, loc='right')
     return ax
 
-# %% ../nbs/02_eda.ipynb #123e7835
+# %% ../nbs/02_eda.ipynb #4780d24d
 NAME_KINDS = { # most suspicious first
     'same words': 'equal but for order, spacing, punctuation or the way years are written: one class?',
     'shared photos': 'the names differ, but some photo is in both',
@@ -339,6 +447,86 @@ NAME_KINDS = { # most suspicious first
     'numbers': 'only numbers differ: generations of one model, easily confused',
     'variant': 'one name holds all words of the other: variants of one model, easily confused'}
 
+# %% ../nbs/02_eda.ipynb #6b9ee0b4
+@dataclass(frozen=True)
+class NameParts:
+    "A class name, taken apart"
+    words: list # in lower case
+    letters: str # of all words, each Hangul syllable in its letters
+    base: list # words without their digits, sorted
+    numbers: list # in their order
+
+    def only(self, other): return [w for w in self.words if w not in other.words] # words that the other lacks
+
+# %% ../nbs/02_eda.ipynb #b1347aa0
+def _letters(text): return unicodedata.normalize('NFD', text)
+
+# %% ../nbs/02_eda.ipynb #6193c3e7
+def name_parts(
+    name:str, # of a class
+)->NameParts:
+    "Words, letters and numbers of a name"
+    words = re.findall(r'\w+', name.replace('_', ' ').lower())
+    letters = _letters(' '.join(words))
+    base = sorted(filter(None, (re.sub(r'\d+', '', w) for w in words)))
+    return NameParts(words, letters, base, re.findall(r'\d+', letters))
+
+# %% ../nbs/02_eda.ipynb #e4d7ac8d
+def is_slip(
+    a:list, # words that only the one name has
+    b:list, # words that only the other has
+    max_letters:int=2, # that may differ; one in words of less than 8 letters
+)->bool:
+    "One word each, and nearly the same"
+    if len(a) != 1 or len(b) != 1: return False
+    a, b = _letters(a[0]), _letters(b[0])
+    n = max(len(a), len(b))
+    if n <= 2: return False
+    may_differ = max_letters if n >= 8 else min(max_letters, 1)
+    return difflib.SequenceMatcher(None, a, b, False).ratio() >= 1-may_differ/n
+
+# %% ../nbs/02_eda.ipynb #ceee86e6
+def name_kind(
+    a:NameParts,
+    b:NameParts,
+    max_letters:int=2, # of `is_slip`
+    suggested:bool=False, # `merge_suggestions` says that it is one class
+    shared:int=0, # photos that are in both
+)->str|None: # a key of `NAME_KINDS`; None: nothing in common
+    "How two names are alike: the first kind that holds"
+    if suggested or sorted(a.words) == sorted(b.words): return 'same words'
+    if shared: return 'shared photos'
+    if a.base and a.base == b.base: return 'numbers'
+    if a.numbers == b.numbers and is_slip(a.only(b), b.only(a), max_letters): return 'spelling'
+    short, long = sorted((set(a.base), set(b.base)), key=len)
+    if min(len(a.base), len(b.base)) > 1 and short <= long: return 'variant'
+    return None
+
+# %% ../nbs/02_eda.ipynb #845e664b
+def shared_photos(
+    pairs:pd.DataFrame, # from `duplicate_pairs`
+    items:pd.DataFrame, # items table
+    column:str='target', # class column of items
+)->dict: # (name, name) in order -> pairs
+    "Pairs of duplicates whose photos have different labels, by the two names"
+    p = label_pairs(pairs, items, column)
+    p = p[p.conflict]
+    return Counter(tuple(sorted((nfc(a), nfc(b)))) for a,b in zip(p.label_a, p.label_b))
+
+# %% ../nbs/02_eda.ipynb #bbcf9b2a
+def _candidate(a, b, parts_a, parts_b, kind):
+    "A row of `name_candidates`"
+    ratio = difflib.SequenceMatcher(None, parts_a.letters, parts_b.letters, False).ratio()
+    return dict(a=a, b=b, kind=kind, ratio=round(ratio, 3), only_a=' '.join(parts_a.only(parts_b)), only_b=' '.join(parts_b.only(parts_a)))
+
+# %% ../nbs/02_eda.ipynb #779915bc
+def _with_counts(t, photos):
+    "The rows with the number of photos of both classes"
+    photos = photos.set_axis(photos.index.map(nfc))
+    for s in 'ab': t.insert(len(t.columns)-1, f'photos_{s}', t[s].map(photos).fillna(0).astype(int))
+    return t
+
+# %% ../nbs/02_eda.ipynb #123e7835
 def name_candidates(
     classes, # class names
     items:pd.DataFrame|None=None, # items table, for the number of photos
@@ -349,43 +537,20 @@ def name_candidates(
     "Pairs of class names that may be one class or may be confused, the most suspicious first"
     classes = list(dict.fromkeys(nfc(c) for c in classes))
     if not classes: raise DataError('name_candidates: there are no class names')
-    words = [re.findall(r'\w+', c.replace('_', ' ').lower()) for c in classes]
-    letters = [unicodedata.normalize('NFD', ' '.join(w)) for w in words]
-    at, kinds, ratios = {c: i for i,c in enumerate(classes)}, {}, {}
-    for g in merge_suggestions(classes): kinds |= {tuple(sorted((at[nfc(a)], at[nfc(b)]))): 'same words' for a,b in itertools.combinations(g, 2)}
-    shared = {}
-    if pairs is not None and items is not None and len(pairs):
-        p = label_pairs(pairs, items, column)
-        for a,b in zip(*(p.loc[p.conflict, c].map(nfc) for c in ('label_a', 'label_b'))):
-            if a in at and b in at: k = tuple(sorted((at[a], at[b]))); shared[k] = shared.get(k, 0)+1
-    base = [sorted(filter(None, (re.sub(r'\d+', '', w) for w in ws))) for ws in words]      # words without numbers
-    numbers = [re.findall(r'\d+', l) for l in letters]
-    def only(i, j): return [w for w in words[i] if w not in words[j]]
-    def slip(a, b):
-        if len(a) != 1 or len(b) != 1: return False
-        a, b = (unicodedata.normalize('NFD', w[0]) for w in (a, b))
-        n = max(len(a), len(b))
-        return n > 2 and difflib.SequenceMatcher(None, a, b, False).ratio() >= 1-(max_letters if n >= 8 else min(max_letters, 1))/n
-    m = difflib.SequenceMatcher(autojunk=False)
-    for j in range(len(classes)):
-        m.set_seq2(letters[j])
-        for i in range(j):
-            m.set_seq1(letters[i])
-            if (i, j) not in kinds and sorted(words[i]) == sorted(words[j]): kinds[i, j] = 'same words'
-            if (i, j) not in kinds and (i, j) in shared: kinds[i, j] = 'shared photos'
-            if (i, j) not in kinds and base[i] == base[j] and base[i]: kinds[i, j] = 'numbers'
-            if (i, j) not in kinds and numbers[i] == numbers[j] and slip(only(i, j), only(j, i)): kinds[i, j] = 'spelling'
-            if (i, j) not in kinds and min(len(base[i]), len(base[j])) > 1 and (set(base[i]) <= set(base[j]) or set(base[j]) <= set(base[i])): kinds[i, j] = 'variant'
-            if (i, j) in kinds: ratios[i, j] = m.ratio()
-    rows = [dict(a=classes[i], b=classes[j], kind=kinds[i, j], ratio=round(r, 3),
-                 only_a=' '.join(only(i, j)), only_b=' '.join(only(j, i)), shared_photos=shared.get((i, j), 0)) for (i, j),r in ratios.items()]
+    parts = {c: name_parts(c) for c in classes}
+    suggested = {frozenset(map(nfc, p)) for g in merge_suggestions(classes) for p in itertools.combinations(g, 2)}
+    with_pairs = pairs is not None and items is not None
+    shared = shared_photos(pairs, items, column) if with_pairs and len(pairs) else {}
+    rows = []
+    for a,b in itertools.combinations(classes, 2):
+        n = shared.get(tuple(sorted((a, b))), 0)
+        kind = name_kind(parts[a], parts[b], max_letters, frozenset((a, b)) in suggested, n)
+        if kind: rows.append(_candidate(a, b, parts[a], parts[b], kind) | dict(shared_photos=n))
     t = pd.DataFrame(rows, columns=['a', 'b', 'kind', 'ratio', 'only_a', 'only_b', 'shared_photos'])
-    if items is not None:
-        n = class_balance(items, column).photos
-        n.index = n.index.map(nfc)
-        for s in 'ab': t.insert(len(t.columns)-1, f'photos_{s}', t[s].map(n).fillna(0).astype(int))
-    if pairs is None or items is None: t = t.drop(columns='shared_photos')
-    return t.sort_values(['kind', 'ratio', 'a', 'b'], key=lambda s: s.map(list(NAME_KINDS).index) if s.name == 'kind' else -s if s.name == 'ratio' else s, ignore_index=True)
+    if items is not None: t = _with_counts(t, class_balance(items, column).photos)
+    if not with_pairs: t = t.drop(columns='shared_photos')
+    order = list(NAME_KINDS).index
+    return t.assign(k=t.kind.map(order), r=-t.ratio).sort_values(['k', 'r', 'a', 'b'], ignore_index=True).drop(columns=['k', 'r'])
 
 # %% ../nbs/02_eda.ipynb #6b967bbc
 @dataclass(frozen=True, eq=False)
@@ -402,8 +567,10 @@ class Shift:
     def verdict(self):
         if self.low <= .5: return 'no shift to be seen'
         return 'slight shift' if self.auc < .65 else 'shift' if self.auc < .85 else 'strong shift'
-    def __repr__(self): return f'AUC {self.auc:.3f} ({self.low:.3f} … {self.high:.3f}), {self.n_train} train and {self.n_test} test photos: {self.verdict}'
+    def __repr__(self):
+        return f'AUC {self.auc:.3f} ({self.low:.3f} … {self.high:.3f}), {self.n_train} train and {self.n_test} test photos: {self.verdict}'
 
+# %% ../nbs/02_eda.ipynb #1f172a64
 def weighted_auc(
     y, # (n,) 0 or 1
     score, # (n,) larger means 1
@@ -417,6 +584,51 @@ def weighted_auc(
     pos, neg = (np.add.reduceat((w*v)[...,order], starts, axis=-1) for v in (y, 1-y))
     with np.errstate(invalid='ignore'): return (pos*(neg.cumsum(-1)-neg/2)).sum(-1)/(pos.sum(-1)*neg.sum(-1))
 
+# %% ../nbs/02_eda.ipynb #19cf9f37
+def _shift_table(items, checked):
+    "path, split, group and the features of each photo"
+    _need(items, ['path', 'split'], 'items')
+    group = items.group if 'group' in items else items.path
+    parts = pd.DataFrame(dict(path=items.path, split=items.split, group=group))
+    return parts.merge(photo_features(checked).drop_duplicates('path'), on='path')
+
+# %% ../nbs/02_eda.ipynb #ed647215
+def _enough_groups(y, groups, n_folds):
+    "`DataError` unless both parts have two groups per fold"
+    for k,p in enumerate(('train', 'test')):
+        n = len(np.unique(groups[y == k]))
+        if n < 2*n_folds:
+            raise DataError(f'shift_auc: {n} independent readable {p} photos; expected at least {2*n_folds} (2 per fold)')
+
+# %% ../nbs/02_eda.ipynb #ca1d8b48
+def _boot_weights(groups, n_boot, rng):
+    "Weights (n_boot, n) of photos whose groups are drawn with replacement"
+    n = groups.max()+1
+    return rng.multinomial(n, np.full(n, 1/n), size=n_boot)[:,groups]
+
+# %% ../nbs/02_eda.ipynb #c2747c2a
+def _part_classifier(seed):
+    "Gradient boosting on the features"
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    return HistGradientBoostingClassifier(max_iter=60, learning_rate=.08, max_leaf_nodes=7, min_samples_leaf=20, l2_regularization=1.,
+                                          early_stopping=False, random_state=seed)
+
+# %% ../nbs/02_eda.ipynb #e4707495
+def _drops(model, X, y, auc, rng):
+    "AUC lost when each feature is shuffled"
+    def without(j):
+        Z = X.copy()
+        Z[:,j] = rng.permutation(Z[:,j])
+        return weighted_auc(y, model.predict_proba(Z)[:,1])
+    return [auc-without(j) for j in range(X.shape[1])]
+
+# %% ../nbs/02_eda.ipynb #af44d364
+def _interval(auc, boot, n_folds, level):
+    "Bounds of the AUC from bootstrap draws, stretched for the overlap of the folds' training photos"
+    ends = np.nanquantile(boot, [(1-level)/2, (1+level)/2])
+    return (auc + np.sqrt(1+n_folds/(n_folds-1))*(ends-auc)).clip(0, 1)
+
+# %% ../nbs/02_eda.ipynb #49eaef5c
 def shift_auc(
     items:pd.DataFrame, # items table with train and test rows
     checked:pd.DataFrame, # from `check_photos`
@@ -426,35 +638,41 @@ def shift_auc(
     seed:int=42, # folds, draws, shuffles
 )->Shift:
     "Cross-validated AUC of telling test from training photos; `DataError` without test photos or with too few groups"
-    from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import StratifiedGroupKFold
-    _need(items, ['path', 'split'], 'items')
-    t = items[['path', 'split', *(['group'] if 'group' in items else [])]].merge(photo_features(checked).drop_duplicates('path'), on='path')
-    y = (t.split == 'test').to_numpy().astype(int)
+    t = _shift_table(items, checked)
     names = [c for c in t if c not in ('path', 'split', 'group')]
-    groups = pd.factorize(t.group if 'group' in t else t.path)[0]
-    for k,p in enumerate(('train', 'test')):
-        n = len(np.unique(groups[y == k]))
-        if n < 2*n_folds: raise DataError(f'shift_auc: {n} independent readable {p} photos; expected at least {2*n_folds} (2 per fold)')
-    X, rng = t[names].to_numpy(float), item_rng(seed, 20170)
-    weights = rng.multinomial(groups.max()+1, np.full(groups.max()+1, 1/(groups.max()+1)), size=n_boot)[:,groups]   # (B, n)
+    X, y = t[names].to_numpy(float), (t.split == 'test').to_numpy().astype(int)
+    groups = pd.factorize(t.group)[0]
+    _enough_groups(y, groups, n_folds)
+    rng = item_rng(seed, 20170)
+    weights = _boot_weights(groups, n_boot, rng)
     aucs, boot, drops = [], [], []
     for a,b in StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(X, y, groups):
         if len(np.unique(y[b])) < 2: continue
-        model = HistGradientBoostingClassifier(max_iter=60, learning_rate=.08, max_leaf_nodes=7, min_samples_leaf=20, l2_regularization=1.,
-                                               early_stopping=False, random_state=seed).fit(X[a], y[a])
+        model = _part_classifier(seed).fit(X[a], y[a])
         score = model.predict_proba(X[b])[:,1]
-        aucs.append(weighted_auc(y[b], score)); boot.append(weighted_auc(y[b], score, weights[:,b]))
-        def shuffled(j):
-            Z = X[b].copy(); Z[:,j] = rng.permutation(Z[:,j])
-            return aucs[-1]-weighted_auc(y[b], model.predict_proba(Z)[:,1])
-        drops.append([shuffled(j) for j in range(len(names))])
+        aucs.append(weighted_auc(y[b], score))
+        boot.append(weighted_auc(y[b], score, weights[:,b]))
+        drops.append(_drops(model, X[b], y[b], aucs[-1], rng))
     auc = float(np.mean(aucs))
-    low, high = (auc + np.sqrt(1+n_folds/(n_folds-1))*(np.nanquantile(np.mean(boot, 0), [(1-level)/2, (1+level)/2])-auc)).clip(0, 1)
+    low, high = _interval(auc, np.mean(boot, 0), n_folds, level)
     med = t.groupby('split')[names].median()
-    features = pd.DataFrame(dict(drop=np.mean(drops, 0), auc_alone=[weighted_auc(y, X[:,j]) for j in range(len(names))], train=med.loc['train'], test=med.loc['test']), index=names)
-    return Shift(auc, float(low), float(high), features.sort_values('drop', ascending=False), int((1-y).sum()), int(y.sum()), t[['split', *names]])
+    alone = [weighted_auc(y, x) for x in X.T]
+    features = pd.DataFrame(dict(drop=np.mean(drops, 0), auc_alone=alone, train=med.loc['train'], test=med.loc['test']), index=names)
+    features = features.sort_values('drop', ascending=False)
+    return Shift(auc, float(low), float(high), features, int((1-y).sum()), int(y.sum()), t[['split', *names]])
 
+# %% ../nbs/02_eda.ipynb #02fc8783
+def _plot_drivers(ax, features):
+    "AUC lost per feature"
+    lost = features['drop']
+    ax.barh(range(len(lost)), lost.clip(lower=0), color='C0')
+    ax.set_yticks(range(len(lost)), lost.index)
+    ax.invert_yaxis()
+    ax.set(xlabel='AUC lost when shuffled', xlim=(0, max(.1, 1.08*lost.max())))
+    ax.set_title('drivers', fontsize=10)
+
+# %% ../nbs/02_eda.ipynb #89c9bc19
 def plot_shift(
     shift:Shift, # from `shift_auc`
     n:int=3, # features shown
@@ -462,16 +680,58 @@ def plot_shift(
 ): # array of axes
     "What drives the AUC, and the leading features of training and test photos over each other"
     axs = _axes(n+1, 3+2.6*n, 2.9, axes)
-    f = shift.features
-    axs[0].barh(range(len(f)), f['drop'].clip(lower=0), color='C0'); axs[0].set_yticks(range(len(f)), f.index); axs[0].invert_yaxis()
-    axs[0].set(xlabel='AUC lost when shuffled', xlim=(0, max(.1, 1.08*f['drop'].max()))); axs[0].set_title('drivers', fontsize=10)
-    for ax,name in zip(axs[1:], f.index):
+    _plot_drivers(axs[0], shift.features)
+    for ax,name in zip(axs[1:], shift.features.index):
         v = shift.values[name]
-        bins = np.linspace(*v.quantile([.005, .995]), 31) if v.quantile(.995) > v.quantile(.005) else 10
-        for i,p in enumerate(('train', 'test')): ax.hist(v[shift.values.split == p], bins=bins, density=True, alpha=.5, color=f'C{i}', label=p)
-        ax.set_title(f'{name}, alone {f.auc_alone[name]:.2f}', fontsize=10); ax.set_yticks([]); ax.legend(fontsize=8)
+        low, high = v.quantile([.005, .995])
+        bins = np.linspace(low, high, 31) if high > low else 10
+        for i,p in enumerate(('train', 'test')):
+            ax.hist(v[shift.values.split == p], bins=bins, density=True, alpha=.5, color=f'C{i}', label=p)
+        ax.set_title(f'{name}, alone {shift.features.auc_alone[name]:.2f}', fontsize=10)
+        ax.set_yticks([])
+        ax.legend(fontsize=8)
     axs[0].figure.suptitle(str(shift), fontsize=10)
     return axs
+
+# %% ../nbs/02_eda.ipynb #18cf9105
+def _say_classes(b):
+    found = f'{len(b)}; {b.photos.min()} to {b.photos.max()} photos, median {b.photos.median():g}'
+    uneven = b.photos.max() > 10*b.photos.min()
+    return found, 'macro scores need the rare ones: see the losses and samplers' if uneven else 'about even'
+
+# %% ../nbs/02_eda.ipynb #155b1007
+def _say_rare(b, n_folds):
+    rare = b[b.groups < n_folds]
+    if not len(rare): return f'0 with fewer than {n_folds} independent photos', f'{n_folds} folds can be made'
+    found = f'{len(rare)} with fewer than {n_folds} independent photos: ' + ', '.join(rare.index[:5])
+    return found, f'n_folds {max(2, rare.groups.min())}, more photos, or merges'
+
+# %% ../nbs/02_eda.ipynb #5bd4c31d
+def _say_canvas(checked, area):
+    h, w = canvas_size(checked, area)
+    return f'median width : height {median_aspect(checked):.2f}', f'img_size {h},{w}'
+
+# %% ../nbs/02_eda.ipynb #a8973b1e
+def _say_colour(checked):
+    mean, std = (', '.join(f'{x:.3f}' for x in v) for v in colour_stats(checked))
+    return f'mean {mean}; std {std}', "stats=(mean, std) from nothing; ImageNet's for pretrained weights"
+
+# %% ../nbs/02_eda.ipynb #d7927d8e
+def _say_duplicates(p):
+    across = (p.split_a != p.split_b) & (p.split_a != '') & (p.split_b != '')
+    found = f'{len(p)} pairs; {int(p.conflict.sum())} with different labels, {int(across.sum())} between train and test'
+    return found, 'groups keep pairs in one fold; look at those with different labels' if len(p) else 'nothing to do'
+
+# %% ../nbs/02_eda.ipynb #262846ea
+def _say_names(names):
+    one = names[names.kind.isin(['same words', 'shared photos', 'spelling'])]
+    return f'class pairs that may be one: {len(one)}', 'look at both, then merges.yaml' if len(one) else 'nothing to do'
+
+# %% ../nbs/02_eda.ipynb #607b090c
+def _say_shift(shift):
+    found = f'AUC {shift.auc:.3f} ({shift.low:.3f} … {shift.high:.3f}), {shift.verdict}'
+    if shift.low <= .5: return found, 'nothing that cheap features could see'
+    return f'{found}, led by {shift.features.index[0]}', 'augment what drives it, and trust the folds less'
 
 # %% ../nbs/02_eda.ipynb #85611743
 def eda_summary(
@@ -484,24 +744,15 @@ def eda_summary(
     shift:Shift|None=None, # from `shift_auc`; left out when None
 )->pd.DataFrame: # index: what; found, do
     "The findings that change how to train, with what to do"
-    b, train = class_balance(items, column), items[items.split == 'train'] if 'split' in items else items
-    c = checked[checked.path.isin(train.path)]
-    p, (h, w), (mean, std) = label_pairs(pairs, items, column), canvas_size(c, area), colour_stats(c)
-    r, names = b[b.groups < n_folds], name_candidates(b.index, items, pairs, column=column)
-    across, one = int(((p.split_a != p.split_b) & (p.split_a != '') & (p.split_b != '')).sum()), names[names.kind.isin(['same words', 'shared photos', 'spelling'])]
-    f3 = lambda v: ', '.join(f'{x:.3f}' for x in v)
-    rows = [
-        ('classes', f'{len(b)}; {b.photos.min()} to {b.photos.max()} photos, median {b.photos.median():g}',
-         'macro scores need the rare ones: see the losses and samplers' if b.photos.max() > 10*b.photos.min() else 'about even'),
-        ('rare classes', f'{len(r)} with fewer than {n_folds} independent photos' + (': '+', '.join(r.index[:5]) if len(r) else ''),
-         f'n_folds {max(2, r.groups.min())}, more photos, or merges' if len(r) else f'{n_folds} folds can be made'),
-        ('canvas', f'median width : height {np.median(_readable(c).width/_readable(c).height):.2f}', f'img_size {h},{w}'),
-        ('colour', f'mean {f3(mean)}; std {f3(std)}', 'stats=(mean, std) from nothing; ImageNet\'s for pretrained weights'),
-        ('duplicates', f'{len(p)} pairs; {int(p.conflict.sum())} with different labels, {across} between train and test',
-         'groups keep pairs in one fold; look at those with different labels' if len(p) else 'nothing to do'),
-        ('names', f'class pairs that may be one: {len(one)}', 'look at both, then merges.yaml' if len(one) else 'nothing to do')]
-    if shift is not None:
-        led = f', led by {shift.features.index[0]}' if shift.low > .5 else ''
-        rows.append(('train/test shift', f'AUC {shift.auc:.3f} ({shift.low:.3f} … {shift.high:.3f}), {shift.verdict}{led}',
-                     'augment what drives it, and trust the folds less' if led else 'nothing that cheap features could see'))
-    return pd.DataFrame(rows, columns=['what', 'found', 'do']).set_index('what')
+    b = class_balance(items, column)
+    train = items[items.split == 'train'] if 'split' in items else items
+    seen = checked[checked.path.isin(train.path)]
+    said = {
+        'classes': _say_classes(b),
+        'rare classes': _say_rare(b, n_folds),
+        'canvas': _say_canvas(seen, area),
+        'colour': _say_colour(seen),
+        'duplicates': _say_duplicates(label_pairs(pairs, items, column)),
+        'names': _say_names(name_candidates(b.index, items, pairs, column=column))}
+    if shift is not None: said['train/test shift'] = _say_shift(shift)
+    return pd.DataFrame([(what, *v) for what,v in said.items()], columns=['what', 'found', 'do']).set_index('what')
