@@ -236,13 +236,12 @@ def loss_divisor(
 @contextlib.contextmanager
 def _rehearsal(model):
     "What happens to the model in here leaves no trace: BatchNorm's averages and the random numbers stay"
-    device = next(model.parameters()).device
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.momentum is not None]
-    momenta = [m.momentum for m in norms]
+    momenta, state = [m.momentum for m in norms], get_rng_state()
     for m in norms: m.momentum = 0.
-    try:
-        with torch.random.fork_rng([] if device.type == 'cpu' else [device], device_type='cuda' if device.type == 'cpu' else device.type): yield
+    try: yield
     finally:
+        set_rng_state(state)
         for m,o in zip(norms, momenta): m.momentum = o
 
 def whole_loss(
