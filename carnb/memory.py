@@ -191,7 +191,7 @@ def _logits(model, x):
 def _train_step(s, batch, model, tracker, device):
     model.train()
     if s.freeze: # as fastai's `freeze`: the head and BatchNorm go on learning
-        free = {id(p) for p in split_params(model)[-1]} | {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()}
+        free = {id(p) for g in split_params(model)[-2:] for p in g} | {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()}
         for p in model.parameters(): p.requires_grad_(id(p) in free)
     opt, params = _optimizer(s, model), [p for p in model.parameters() if p.requires_grad]
     for p in params: p.grad = torch.empty_like(p)
