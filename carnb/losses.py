@@ -50,6 +50,7 @@ def _class_weight(weight, n_classes=None):
 class ClassificationLoss(nn.Module):
     "Base of all losses: checks, soft targets, weights, reduction, and what fastai asks for"
     soft_targets_ok = True # soft targets (n, C) have a meaning for this loss
+    of_batch = False       # the loss is no sum over photos: a batch that is cut needs it whole
     needs_head = None      # the only classifier it works with: None, or 'arcface' (scaled cosines)
     y_int = True           # fastai's MixUp calls the loss once per target and blends the two results
     def __init__(self,
@@ -72,6 +73,13 @@ class ClassificationLoss(nn.Module):
     def losses(self, logits, q):
         "Weighted loss of each photo (n,), given logits (n, C) and soft targets q (n, C)"
         raise NotImplementedError
+
+    def divisor(self, targets):
+        "What `reduction='mean'` divides by for these targets: a number, or a tensor with one"
+        if self.weight is None: return len(targets)
+        t, c = _plain(targets), len(self.weight)
+        q = torch.zeros(len(t), c, device=t.device).scatter_(1, t.long().clamp(0, c-1)[:,None], 1) if t.ndim == 1 else t
+        return self._photo_weight(q).sum()
 
     def weight_like(self, q):
         "`weight` with the type and the device of `q`, moved once"
@@ -353,12 +361,15 @@ def _soft_f1(logits, q, weight=None):
 
 class SoftMacroF1Loss(ClassificationLoss):
     "1 - mean per-class F1, computed on probabilities"
+    of_batch = True
     def losses(self, logits, q): return _soft_f1(logits, q, self.weight_like(q))
+    def divisor(self, targets): return len(targets)
     def _photo_weight(self, q): return q.new_ones(len(q))          # weights act between classes, not between photos
 
 # %% ../nbs/04_losses.ipynb #5cf78488
 class MacroF1CrossEntropyLoss(CrossEntropyLoss):
     "Cross-entropy plus soft macro-F1"
+    of_batch = True
     def __init__(self,
         f1_weight:float=1., # factor of the F1 part
         label_smoothing:float=0., # smoothing of the cross-entropy part; F1 sees the targets as they are
