@@ -6,8 +6,9 @@
 __all__ = ['IN_TEST', 'STAGE_NAMES', 'NOT_IN_HASH', 'FILES_IN_HASH', 'CarnbError', 'ConfigError', 'DataError', 'raise_problems',
            'did_you_mean', 'project_root', 'runs_dir', 'resolve_path', 'atomic_path', 'write_text', 'write_json',
            'read_json', 'write_csv', 'save_npz', 'load_npz', 'coerce', 'stage_config', 'notebooks_dir',
-           'stage_notebook', 'list_stages', 'stage_params', 'file_hash', 'hash8', 'safe_name', 'Run', 'find_runs',
-           'environment', 'record_notebook', 'seed_everything', 'item_rng', 'pick_device', 'use_korean_font']
+           'stage_notebook', 'list_stages', 'stage_params', 'file_hash', 'hash8', 'safe_name', 'name_problem', 'Run',
+           'find_runs', 'environment', 'record_notebook', 'seed_everything', 'item_rng', 'pick_device',
+           'use_korean_font', 'Optional', 'Union']
 
 # %% ../nbs/00_core.ipynb #d25e8819
 import ast, contextlib, difflib, errno, functools, hashlib, importlib.metadata, importlib.util, json, os, platform, random, re, subprocess, sys, typing, warnings
@@ -173,6 +174,14 @@ def _injected(ns):
     cells = [c for c in ns.get('In', []) if c.startswith('# Parameters\n')]
     return [t.id for c in cells[-1:] for s in ast.parse(c).body if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)]
 
+def _defaults(ns):
+    "Defaults as the parameters cell states them, whatever was put in after it"
+    found = {}
+    for c in ns.get('In', []):
+        with contextlib.suppress(SyntaxError, ValueError): # cells with `%` or `!`
+            found |= {s.target.id: ast.literal_eval(s.value) for s in ast.parse(c).body if isinstance(s, ast.AnnAssign) and s.value is not None and isinstance(s.target, ast.Name)}
+    return found
+
 def stage_config(
     ns:dict, # `globals()` of the notebook
     check=None, # function of the config that returns a list of problems
@@ -185,13 +194,14 @@ def stage_config(
         try: cfg[k] = coerce(ns[k], t)
         except ValueError as e:
             problems.append(f'{k}: {e}')
-            cfg[k] = None
+            cfg[k] = _defaults(ns).get(k) # so that the others can still be checked against it
     bad = {p.split(':')[0] for p in problems}
+    if isinstance(cfg.get('experiment'), str) and (p := name_problem(cfg.experiment)): problems.append(p)
     if check:
         try: problems += [p for p in check(cfg) if p.split(':')[0] not in bad]
         except (TypeError, AttributeError):
             if not bad: raise
-    raise_problems('these parameters cannot be used', problems, ConfigError)
+    raise_problems('these parameters cannot be used', list(dict.fromkeys(problems)), ConfigError)
     return cfg
 
 # %% ../nbs/00_core.ipynb #af6c3729
@@ -220,6 +230,13 @@ def list_stages()->list[str]:
     "Names of all notebooks that have a parameters cell"
     return [_stage_name(p) for p in sorted(notebooks_dir().glob('[0-9]*_*.ipynb')) if any(map(_is_params, _cells(p)))]
 
+def _with_bars(annotation):
+    "`Optional[int]` and `Union[int, str]`, which papermill's parser needs, as Python writes them today"
+    if not isinstance(annotation, ast.Subscript): return ast.unparse(annotation).replace(' ', '')
+    parts = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+    more = ['None'] if annotation.value.id == 'Optional' else []
+    return '|'.join([*map(_with_bars, parts), *more])
+
 def stage_params(
     stage:str, # `train`, `predict`, ...
 )->dict: # name -> AttrDict(type, default, doc)
@@ -229,8 +246,12 @@ def stage_params(
     for s in ast.parse(src).body:
         if not isinstance(s, ast.AnnAssign): continue
         doc = lines[s.end_lineno-1][s.end_col_offset:].partition('#')[2].strip()
-        res[s.target.id] = AttrDict(type=ast.unparse(s.annotation).replace(' ', ''), default=ast.literal_eval(s.value), doc=doc)
+        res[s.target.id] = AttrDict(type=_with_bars(s.annotation), default=ast.literal_eval(s.value), doc=doc)
     return res
+
+# %% ../nbs/00_core.ipynb #co32b
+from typing import Optional, Union
+_all_ = ['Optional', 'Union']
 
 # %% ../nbs/00_core.ipynb #f89ab6e8
 NOT_IN_HASH = {'experiment', 'data_dir', 'fold', 'device', 'num_workers', 'tracking', 'folds_file', 'keep_checkpoints', 'cache_dir', 'memory_budget', 'resume', 'checkpoint_minutes', 'weight', 'micro_batches', 'fit_memory', 'cache_bytes'}
@@ -254,6 +275,15 @@ def safe_name(
 )->str:
     "`name` with everything that a file system minds replaced"
     return ''.join(c if c.isalnum() or c in '._-' else '_' for c in name).strip('.')
+
+# %% ../nbs/00_core.ipynb #co26a
+def name_problem(
+    name:str, # of an experiment
+)->str|None: # what is wrong with it
+    "Can a folder have this name?"
+    if not safe_name(name): return f'experiment: {name!r}; expected a name'
+    size = len(safe_name(name).encode())
+    if size > 200: return f'experiment: {name[:20]}... is {size} bytes long; expected at most 200, file systems end at 255'
 
 # %% ../nbs/00_core.ipynb #b8eea757
 class Run:
@@ -308,6 +338,12 @@ def environment()->dict:
                 git=git('rev-parse', '--short', 'HEAD'), dirty=bool(git('status', '--porcelain', '-uno')))
 
 # %% ../nbs/00_core.ipynb #53fcc483
+def _show_interrupt(shell, kind, error, tb, tb_offset=None):
+    "In place of a page of traceback: what was kept, and what to do"
+    line = f'interrupted{f" ({error})" if str(error) else ""}: run this cell again'
+    shell._showtraceback(kind, error, [line])
+    return [line]
+
 class _Recorder:
     "Collects the outputs of each executed cell and writes them into a copy of the stage's notebook"
     kinds = {'stream', 'display_data', 'execute_result', 'error'}
@@ -321,6 +357,7 @@ class _Recorder:
         session.send = listen
         self.cells = [(c, []) for c in self.ip.user_ns.get('In', [])[1:-1]] # what ran before anybody listened
         self.ip.events.register('post_run_cell', self.cell_done)
+        self.ip.set_custom_exc((KeyboardInterrupt,), _show_interrupt)
     def add(self, kind, content):
         if kind == 'stream':
             if content['name'] == 'stderr': return # progress bars
@@ -337,9 +374,10 @@ class _Recorder:
         e = result.error_in_exec
         with contextlib.suppress(OSError): # a full disk must not hide the message
             if e is not None and not isinstance(e, KeyboardInterrupt) and not self.run.done: write_text(self.run/'error.txt', f'{type(e).__name__}: {e}\n')
-            self.write()
+            whole = self.write()
+            if whole and e is None: (self.run/'error.txt').unlink(missing_ok=True)
     def write(self):
-        "The stage's notebook with outputs; cells that it does not have (papermill's) go where they were run"
+        "The stage's notebook with outputs; cells that it does not have (papermill's) go where they were run. Was that the last cell?"
         nb = read_json(stage_notebook(self.stage))
         source, cells = nb['cells'], []
         for raw,outs in self.cells:
@@ -350,7 +388,9 @@ class _Recorder:
                 source = source[at+1:]
         for i,c in enumerate(cells): c['id'] = f'cell{i}'
         write_json(self.target, {**nb, 'cells': cells + [c for c in source if c['cell_type'] != 'code']})
-        if self.html and not any(c['cell_type'] == 'code' for c in source): self.write_html()
+        whole = not any(c['cell_type'] == 'code' for c in source)
+        if self.html and whole: self.write_html()
+        return whole
     def write_html(self):
         "The title and what follows `## The run`, without code"
         import logging, nbformat
