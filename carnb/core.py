@@ -11,7 +11,7 @@ __all__ = ['IN_TEST', 'STAGE_NAMES', 'NEXT', 'NOT_IN_HASH', 'FILES_IN_HASH', 'Ca
            'pick_device', 'use_korean_font', 'Optional', 'Union']
 
 # %% ../nbs/00_core.ipynb #d25e8819
-import ast, contextlib, difflib, errno, functools, hashlib, importlib.metadata, importlib.util, json, os, platform, random, re, shlex, subprocess, sys, typing, warnings
+import ast, contextlib, difflib, errno, functools, hashlib, importlib.metadata, importlib.resources, importlib.util, json, os, platform, random, re, shlex, subprocess, sys, typing, warnings
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # before torch is loaded; see 'Randomness and device'
 warnings.filterwarnings('ignore', message='IProgress not found') # tqdm, where ipywidgets are not installed
@@ -206,9 +206,10 @@ def stage_config(
 
 # %% ../nbs/00_core.ipynb #af6c3729
 def notebooks_dir()->Path:
-    "Where the stage notebooks lie: `nbs/` beside the package, or inside an installed one"
-    here = Path(__file__).resolve().parent
-    return next((p for p in (here.parent/'nbs', here/'nbs') if p.is_dir()), here.parent/'nbs')
+    "Where the stage notebooks lie: `nbs/` of a checkout, or inside the installed package"
+    package = Path(str(importlib.resources.files('carnb')))
+    checkout = package.parent
+    return checkout/'nbs' if (checkout/'settings.ini').exists() and (checkout/'nbs').is_dir() else package/'nbs'
 
 STAGE_NAMES = dict(data='check') # notebooks whose stage has another name
 
