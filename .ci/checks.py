@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
-TOP = set('README.md Makefile settings.ini setup.py constraints.txt nbs carnb runs .github .ci LICENSE CONTRIBUTING.md CHANGELOG.md .gitignore'.split())
+TOP = set('README.md Makefile MANIFEST.in settings.ini setup.py constraints.txt nbs carnb runs .github .ci LICENSE CONTRIBUTING.md CHANGELOG.md .gitignore'.split())
 STAGES = 'check memory train grid predict ensemble submit report ablation speed'.split() # each has one notebook with a parameters cell
 SLOW, MAX_MB, TIMEOUT, WORKERS = ('slow', 'gpu', 'notest'), 1.5, 900, 2
 
@@ -115,7 +115,7 @@ def files_and_hashes(folder): return {p.relative_to(folder).as_posix(): hashlib.
 
 def copy_project(d):
     "Sources in a temporary place, so that a check never changes the working tree"
-    for name in ('settings.ini', 'setup.py', 'pyproject.toml'):
+    for name in ('settings.ini', 'setup.py', 'MANIFEST.in', 'pyproject.toml'):
         if (ROOT/name).exists(): shutil.copy(ROOT/name, d)
     for p in books():
         to = Path(d)/p.relative_to(ROOT)
@@ -308,6 +308,7 @@ def run_books(report, bin, env, slow):
                 flag = d.split()[0] if d else ''
                 if flag in SLOW and flag not in slow.split(): left.setdefault((short(p), flag), []).append(c)
     for (name, flag), cells in left.items(): report.add(f'{name}, cells marked {flag}', 0, skip=f'{len(cells)} not run' + ('' if flag == 'notest' else ' (make test-all)' if not slow else ''))
+    if shutil.which('chromium') is None: report.add('a bar in JupyterLab', 0, skip='no chromium on PATH')
     if not (ROOT.parent/'shared'/'data').is_dir(): report.add('real photos', 0, skip='no photos in ../shared/data; the drawn competition stood in for them')
 
 def run_process_tests(report, bin, env, slow):

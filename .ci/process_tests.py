@@ -12,7 +12,7 @@ RUNS = Path(os.environ.get('CARNB_RUNS') or tempfile.mkdtemp())
 NOTEBOOK = 'nbs/10_train.ipynb'
 FILES = 'config.yaml history.csv metrics.json oof.npz train.ipynb weights.safetensors'.split()
 CHANGED = dict(arch='convnext_large', pretrained='false', img_size=96, epochs=1, max_steps=2, num_workers=0)
-SCREEN = 70 # lines
+SCREEN, COLUMNS = dict(overview=30, stage=130), 80
 
 def params(**values): return [x for k, v in values.items() for x in ('-p', k, str(v))]
 
@@ -77,6 +77,11 @@ def test_papermill_to_file():
     need(sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir()), 'the folders hold different files')
     for k in ('train_loss', 'val_loss'): need(history(a)[0][k] == history(b)[0][k], f'{k} differs: {history(a)[0][k]} and {history(b)[0][k]}')
 
+def test_papermill_terminal():
+    "papermill knows every parameter of a stage and says nothing of unknown ones"
+    rc, said = papermill(RUNS/'known.ipynb', '--prepare-only', *params(epochs=1, tracking='x', data_dir='x', experiment='known'))
+    need(rc == 0 and 'unknown' not in said and 'Unable to parse' not in said, f'exit status {rc}', said)
+
 def test_papermill_again():
     "the same command finds its run done"
     run = the_run('with_output')
@@ -100,12 +105,13 @@ def refused(stage, expected, **values):
     need('Traceback' not in said and len(said.splitlines()) <= 30, f'{len(said.splitlines())} lines, or a traceback', said)
 
 def test_cli_help():
-    "carnb --help and carnb train --help fit on a screen"
-    for args, words in ((['--help'], ['train', 'predict', 'demo']), (['train', '--help'], ['arch', 'fold', 'epochs', 'img_size'])):
+    "carnb --help fits on a screen, carnb train --help in 80 columns"
+    for args, lines, words in ((['--help'], SCREEN['overview'], ['train', 'predict', 'demo']), (['train', '--help'], SCREEN['stage'], ['arch', 'fold', 'epochs', 'img_size'])):
         rc, said = program('carnb', *args)
         need(rc == 0, f'exit status {rc}', said)
         for w in words: need(w in said, f'no {w!r}', said)
-        need(len(said.splitlines()) <= SCREEN, f'{len(said.splitlines())} lines', said)
+        need(len(said.splitlines()) <= lines, f'{len(said.splitlines())} lines', said)
+        need(max(map(len, said.splitlines())) <= COLUMNS, f'{max(map(len, said.splitlines()))} columns', said)
 
 def test_cli_unknown_arch():
     "carnb train refuses an unknown arch"

@@ -3,7 +3,7 @@
 Only the standard library, because it runs before anything is installed. The syntax is that of old Pythons, so that they
 can say what is missing instead of failing with a SyntaxError.
 """
-import argparse, hashlib, json, os, platform, shutil, subprocess, sys, tempfile, time
+import argparse, hashlib, json, os, platform, shlex, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +20,7 @@ TASKS = dict(
     test='everything that must hold before a commit; closes with "N passed, N failed"',
     test_all='test, and also the cells marked slow (and gpu where there is one)',
     docs='the documentation site from the notebooks, in _docs/',
-    lab='JupyterLab in nbs/',
+    lab='JupyterLab: nbs/, with runs/ beside it (LAB_ARGS="--no-browser --port=9999" are its own options)',
     readme='README.md from nbs/index.ipynb',
     check='only the quick checks: export, cleanness, direction of imports, hygiene, README (no notebook is run)',
     torture='50 kills, damaged files, full disks, signals: in full, results into the notebooks of nbs/tests (an hour or more)',
@@ -57,7 +57,7 @@ def find_python():
 def wanted(torch):
     "What .venv must match: the files that define it, this folder (scripts hold its path) and the chosen torch"
     h = hashlib.sha256()
-    for name in ('setup.py', 'settings.ini', 'constraints.txt', 'pyproject.toml'):
+    for name in ('setup.py', 'settings.ini', 'constraints.txt', 'pyproject.toml', 'MANIFEST.in'):
         if (ROOT/name).exists(): h.update(name.encode() + (ROOT/name).read_bytes())
     return dict(files=h.hexdigest()[:16], root=str(ROOT), torch=torch)
 
@@ -171,6 +171,11 @@ def notebooks(names=None, timeout=1800):
     if failed: say('failed: ' + ' '.join(failed))
     return int(bool(failed))
 
+def lab():
+    "JupyterLab with nbs/ open and runs/ beside it; LAB_ARGS are its own options"
+    root = ['--allow-root'] if hasattr(os, 'geteuid') and os.geteuid() == 0 else [] # in containers and on rented machines
+    return inside('jupyter', 'lab', '--notebook-dir', ROOT, '--LabApp.default_url=/lab/tree/nbs', *root, *shlex.split(os.environ.get('LAB_ARGS', '')))
+
 def run(task):
     if task == 'readme':
         import readme
@@ -179,7 +184,7 @@ def run(task):
     if task == 'setup': return 0
     if task == 'demo': return inside('carnb', 'demo')
     if task == 'docs': return inside('python', '.ci/docs.py')
-    if task == 'lab': return inside('jupyter', 'lab', '--notebook-dir', ROOT/'nbs')
+    if task == 'lab': return lab()
     if task == 'notebooks': return notebooks()
     if task == 'torture': return notebooks(['tests/torture', 'tests/interruptions', 'tests/peers'], 7200)
     if task == 'device_check': return inside('python', '.ci/device_check.py')
