@@ -177,17 +177,24 @@ class StopWithoutProgress(Callback):
             tqdm.write(f'stopped: no better score in {since} epochs (patience {self.patience}); epoch {self.learn.history.best["epoch"]} is kept')
             raise CancelFitException
 
+# %% ../nbs/09b_callbacks.ipynb #cb31b
+from .bars import progress_bar
+
+# %% ../nbs/09b_callbacks.ipynb #cb31c
 class Progress(Callback):
-    "One bar over all steps, on stderr"
+    "One bar over all steps"
     order = 80
-    def before_fit(self):
-        self.run = is_fit(self.learn)
-        if self.run: self.bar = tqdm(total=self.n_epoch*len(self.dls.train), unit='step', leave=False, dynamic_ncols=True, mininterval=.5)
-    def before_epoch(self): self.bar.set_description(f'epoch {self.epoch+1}/{self.n_epoch}')
-    def before_train(self): self.bar.n = self.epoch*len(self.dls.train) + getattr(self.learn, 'batches_before', 0)
+    bar = None
+    def before_fit(self): self.run, self.bar = is_fit(self.learn), None
+    def before_train(self):
+        n = len(self.dls.train)
+        if self.bar is None: self.bar = progress_bar(total=self.n_epoch*n, initial=self.epoch*n + getattr(self.learn, 'batches_before', 0), unit='step')
+        self.bar.set_description(f'epoch {self.epoch+1}/{self.n_epoch}')
     def after_batch(self):
         if self.training: self.bar.update()
-    def after_fit(self): self.bar.close()
+    def after_fit(self):
+        if self.bar is not None: self.bar.close()
+        self.bar = None
 
 # %% ../nbs/09b_callbacks.ipynb #4b8e922d
 class Autocast(MixedPrecision):

@@ -91,7 +91,7 @@ def plan_grid(
         keeps, takes = disk_of(cfg, step.peak, (len(comp.train)//cfg.n_folds, 0 if comp.test is None else len(comp.test)), len(comp.classes))
         has = sum(f.stat().st_size for f in run.path.rglob('*') if f.is_file())
         kept, extra = kept + max(keeps-has, 0), max(extra, takes-keeps)
-        rows[-1] |= dict(memory_gb=round(step.peak.total/1e9, 2), parts=step.accumulation, fits=verdict(step.peak.total, step.budget), disk_gb=round(keeps/1e9, 3))
+        rows[-1] |= dict(memory_gb=round(step.peak.total/1e9, 2), parts=step.accumulation, fits=how_safe(step.peak.total, step.budget), disk_gb=round(keeps/1e9, 3))
     need, free = kept+extra, free_space(runs_dir()) if free is None else free
     if need > free: problems.append(f'disk: the open cells need about {need/1e9:.2f} GB, {free/1e9:.2f} GB are free in {runs_dir()}; make room, point CARNB_RUNS elsewhere, or say keep_checkpoints: none in settings')
     raise_problems('the grid cannot be run', problems, ConfigError)

@@ -27,7 +27,7 @@ from .losses import LOSSES, head_problem, loss_parameters, make_loss, takes_soft
 from .metrics import METRICS, softmax
 from .backbones import *
 from .pooling import POOLINGS, pooling_p
-from .memory import fit_batch, parse_bytes, predict_peak
+from .memory import StepSettings, fit_of, parse_bytes, peak_of, step_problems
 from .tasks import *
 from .callbacks import *
 from .checkpoint import *
@@ -220,10 +220,13 @@ def planned_step(
     device, # torch device
 )->AttrDict: # accumulation (parts), peak, budget in bytes
     "The step of a run and its predicted peak: in `accumulation` parts, or more when `memory_budget` (or `batch_size auto`) asks for it; `ConfigError` when one photo is too much"
-    step = dict(precision=pick_precision(cfg.precision, device), optimizer=cfg.optimizer, n_classes=n_classes, device=device.type, ema=bool(cfg.ema), grad_checkpointing=cfg.grad_checkpointing, validate=2., pooling=cfg.pooling, head=cfg.head, drop_path=cfg.drop_path)
+    step = StepSettings(
+        cfg.timm_arch, tuple(cfg.size), pick_precision(cfg.precision, device), cfg.optimizer, n_classes, device.type, ema=bool(cfg.ema),
+        grad_checkpointing=cfg.grad_checkpointing, validate=2., pooling=cfg.pooling, head=cfg.head, drop_path=cfg.drop_path)
+    raise_problems('the memory cannot be predicted', step_problems(step, cfg.batch_size, cfg.accumulation), ConfigError)
     budget, n = parse_bytes(cfg.memory_budget or device_memory(device)), cfg.accumulation
-    if cfg.fit_memory: n = max(n, fit_batch(cfg.timm_arch, tuple(cfg.size), cfg.batch_size, budget, **step).accumulation)
-    return AttrDict(accumulation=n, peak=predict_peak(cfg.timm_arch, tuple(cfg.size), cfg.batch_size, accumulation=n, **step), budget=budget)
+    if cfg.fit_memory: n = max(n, fit_of(step, cfg.batch_size, budget).accumulation)
+    return AttrDict(accumulation=n, peak=peak_of(step, cfg.batch_size, n), budget=budget)
 
 def micro_batches(
     cfg, # resolved configuration
