@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['MAX_BYTES', 'PHOTO_SUFFIXES', 'MAX_PIXELS', 'MAX_PIXELS_WHOLE', 'PHOTO_FORMATS', 'test_nfd', 'NO_LABEL', 'ODD_LABELS',
            'LABEL_COLUMNS', 'PATH_COLUMNS', 'HOLE', 'FINDINGS', 'LEFT_OUT', 'CHECK_VERSION', 'ALONE_PIXELS', 'PERSON',
-           'LAYOUTS', 'read_file', 'is_jpeg', 'looks_like', 'orientation', 'jpeg_head', 'decode_image', 'read_image',
-           'is_text', 'as_text', 'nfc', 'list_photos', 'read_csv_text', 'read_table', 'Template', 'read_template',
-           'read_yaml', 'read_merges', 'plain_name', 'merge_suggestions', 'find_named', 'Competition', 'existing_dir',
-           'finish_competition', 'read_meta', 'read_class_folders', 'read_label_csv', 'read_competition', 'jpeg_hole',
-           'check_photo', 'check_photos', 'finding_rows', 'findings_table', 'duplicate_pairs', 'duplicate_table',
-           'group_items', 'nearest_photos', 'merge_table', 'make_folds', 'rare_classes', 'rare_table', 'leak_report',
-           'read_folds', 'assign_folds', 'file_head', 'known_test_photos', 'guess_task', 'unused_files',
-           'find_photos_to_check', 'check_data', 'count_findings', 'own_file', 'said_when_full']
+           'LAYOUTS', 'is_text', 'as_text', 'read_file', 'is_jpeg', 'looks_like', 'orientation', 'jpeg_head',
+           'decode_image', 'read_image', 'nfc', 'list_photos', 'read_csv_text', 'read_table', 'Template',
+           'read_template', 'read_yaml', 'read_merges', 'plain_name', 'merge_suggestions', 'find_named', 'Competition',
+           'existing_dir', 'finish_competition', 'read_meta', 'read_class_folders', 'read_label_csv',
+           'read_competition', 'jpeg_hole', 'check_photo', 'check_photos', 'finding_rows', 'findings_table',
+           'duplicate_pairs', 'duplicate_table', 'group_items', 'nearest_photos', 'merge_table', 'make_folds',
+           'rare_classes', 'rare_table', 'leak_report', 'read_folds', 'assign_folds', 'file_head', 'known_test_photos',
+           'guess_task', 'unused_files', 'find_photos_to_check', 'check_data', 'count_findings', 'own_file',
+           'said_when_full']
 
 # %% ../nbs/01_data.ipynb #6daa455e
 import contextlib, csv, errno, hashlib, importlib, io, os, re, stat, tempfile, threading, unicodedata, warnings
@@ -25,10 +26,33 @@ from PIL import Image
 from tqdm import tqdm
 from .core import *
 
+# %% ../nbs/01_data.ipynb #d1a05e05
+def is_text(
+    name, # a file name or path
+)->bool:
+    "Whether a name can be written as UTF-8 (bytes of another encoding reach Python as surrogates)"
+    try: str(name).encode()
+    except UnicodeEncodeError: return False
+    return True
+
+def as_text(
+    name, # a file name or path
+)->str: # the same where a table can hold it; other bytes as `\xb1`, CR as `\r`
+    "A name as it can be shown and written"
+    if is_text(name): return str(name).replace('\r', r'\r')
+    try: return str(name).encode('utf8', 'surrogateescape').decode('utf8', 'backslashreplace')
+    except UnicodeEncodeError: return str(name).encode('utf8', 'backslashreplace').decode()
+
 # %% ../nbs/01_data.ipynb #d1a05e02
 MAX_BYTES = 2**30 # of a photo or a table; a larger file is not read
 
-_KINDS = ((stat.S_ISDIR, 'a folder'), (stat.S_ISFIFO, 'a pipe'), (stat.S_ISSOCK, 'a socket'), (stat.S_ISCHR, 'a device'), (stat.S_ISBLK, 'a device'))
+_KINDS = (
+    (stat.S_ISDIR, 'a folder'),
+    (stat.S_ISFIFO, 'a pipe'),
+    (stat.S_ISSOCK, 'a socket'),
+    (stat.S_ISCHR, 'a device'),
+    (stat.S_ISBLK, 'a device'),
+)
 
 def _read(path, max_bytes=MAX_BYTES):
     "Bytes of a regular file; `OSError` as the system says it, `DataError` (without the path) for what is no file or too large"
@@ -48,9 +72,10 @@ def read_file(
 )->bytes:
     "The bytes of a regular file; `DataError` with path and reason for everything else (folders, pipes, devices, no permission)"
     try: return _read(path, max_bytes)
-    except OSError as e: raise DataError(f'{path}: {"no file can have this name" if e.errno == errno.ENAMETOOLONG else e.strerror}') from None
-    except ValueError: raise DataError(f'{path!r}: no file can have this name') from None
-    except DataError as e: raise DataError(f'{path}: {e}') from None
+    except OSError as e: why = 'no file can have this name' if e.errno == errno.ENAMETOOLONG else e.strerror
+    except ValueError: why = 'no file can have this name'
+    except DataError as e: why = e
+    raise DataError(f'{as_text(path)}: {why}')
 
 # %% ../nbs/01_data.ipynb #ccb856d9
 PHOTO_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.jfif', '.avif', '.heic', '.heif'}
@@ -158,23 +183,6 @@ def read_image(
     try: return decode_image(raw, min_size)
     except DataError as e: raise DataError(f'{path}: {e}') from None
 
-# %% ../nbs/01_data.ipynb #d1a05e05
-def is_text(
-    name, # a file name or path
-)->bool:
-    "Whether a name can be written as UTF-8 (bytes of another encoding reach Python as surrogates)"
-    try: str(name).encode()
-    except UnicodeEncodeError: return False
-    return True
-
-def as_text(
-    name, # a file name or path
-)->str: # the same where a table can hold it; other bytes as `\xb1`, CR as `\r`
-    "A name as it can be shown and written"
-    if is_text(name): return str(name).replace('\r', r'\r')
-    try: return str(name).encode('utf8', 'surrogateescape').decode('utf8', 'backslashreplace')
-    except UnicodeEncodeError: return str(name).encode('utf8', 'backslashreplace').decode()
-
 # %% ../nbs/01_data.ipynb #abb73d99
 def nfc(
     s, # any name
@@ -257,7 +265,9 @@ class _OnceLoader(yaml.SafeLoader): "YAML in which a key that is there twice is 
 def _mapping(loader, node, deep=False):
     keys = [loader.construct_object(k, deep=True) for k,_ in node.value if k.tag != 'tag:yaml.org,2002:merge']
     for i,k in enumerate(keys):
-        if k in keys[:i]: raise yaml.constructor.ConstructorError(None, None, f'{k!r} more than once; put what belongs to it into one entry', node.value[i][0].start_mark)
+        if k not in keys[:i]: continue
+        problem = f'{k!r} more than once; put what belongs to it into one entry'
+        raise yaml.constructor.ConstructorError(None, None, problem, node.value[i][0].start_mark)
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
 _OnceLoader.add_constructor('tag:yaml.org,2002:map', lambda loader, node: _mapping(loader, node, True))
@@ -271,15 +281,20 @@ def read_yaml(
     except (DataError, UnicodeDecodeError) as e: raise ConfigError(f'{what}: {path} cannot be read: {e}') from None
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         line = f', line {e.problem_mark.line+1}' if getattr(e, 'problem_mark', None) else ''
-        raise ConfigError(f'{what}: {path} cannot be read: {(getattr(e, "problem", None) or str(e) or type(e).__name__).splitlines()[0]}{line}') from None
+        why = (getattr(e, 'problem', None) or str(e) or type(e).__name__).splitlines()[0]
+        raise ConfigError(f'{what}: {path} cannot be read: {why}{line}') from None
 
-# %% ../nbs/01_data.ipynb #47d47497
+# %% ../nbs/01_data.ipynb #d1a05e21
 def _no_names(merges):
     "What in `merges` is no text: YAML makes numbers, dates and true or false of words without quotes"
-    def say(v, where): return f"{v!r} {where} is no text; write it in quotes, as it is in the folder's name or the table"
-    def odd(c, names): return [f'{names!r} of {c}: expected a name or a list of names'] if not isinstance(names, (str, list)) else [say(n, f'in the list of {c}') for n in names if not isinstance(n, str)] if isinstance(names, list) else []
-    return [p for c,names in merges.items() for p in ([] if isinstance(c, str) else [say(c, 'as a class')]) + odd(c, names)]
+    problems, how = [], "is no text; write it in quotes, as it is in the folder's name or the table"
+    for c,names in merges.items():
+        if not isinstance(c, str): problems.append(f'{c!r} as a class {how}')
+        if not isinstance(names, (str, list)): problems.append(f'{names!r} of {c}: expected a name or a list of names')
+        elif isinstance(names, list): problems += [f'{n!r} in the list of {c} {how}' for n in names if not isinstance(n, str)]
+    return problems
 
+# %% ../nbs/01_data.ipynb #47d47497
 def read_merges(
     merges, # a dict name -> list of names, a YAML file with one, or None
 )->dict: # name -> class
@@ -568,6 +583,7 @@ def _scan_head(raw):
         i += 1 if m == 0xFF else 2+size
     return None
 
+# %% ../nbs/01_data.ipynb #d1a05e22
 def jpeg_hole(
     raw:bytes, # of a JPEG
 )->int: # bytes that are lost, in runs of at least `HOLE`; 0: none
@@ -979,6 +995,7 @@ def file_head(
         finally: os.close(fd)
     return b''
 
+# %% ../nbs/01_data.ipynb #d1a05e24
 def known_test_photos(
     items:pd.DataFrame, # items table
     dups:pd.DataFrame, # from `duplicate_table`
@@ -1005,11 +1022,19 @@ def _has_photo(folder):
     except OSError: return False
 
 def _root(d): return d/'train' if (d/'train').is_dir() else d
-def _polygons(d): return any(b'"points"' in h and b'"images"' in h for p in sorted(d.glob('*.json')) for h in [file_head(p, 2**16)])
+def _polygons(d):
+    heads = [file_head(p, 2**16) for p in sorted(d.glob('*.json'))]
+    return any(b'"points"' in h and b'"images"' in h for h in heads)
+
+
 def _persons(d): return any(PERSON.fullmatch(nfc(Path(f).name)) and _has_photo(f) for f in _folders(_root(d), 3))
 def _named_codes(d): return (d/'train.csv').is_file() and (d/'meta.csv').is_file()
-def _class_folders(d): return not (d/'train.csv').is_file() and sum(Path(f).name != 'test' and _has_photo(f) for f in _folders(_root(d), 1)) > 1
 
+def _class_folders(d):
+    if (d/'train.csv').is_file(): return False
+    return sum(Path(f).name != 'test' and _has_photo(f) for f in _folders(_root(d), 1)) > 1
+
+# %% ../nbs/01_data.ipynb #d1a05e25
 LAYOUTS = ( # (task, what its folder looks like, in words, test)
     ('receipts', 'a JSON with polygons of words', _polygons),
     ('masks', 'folders of persons, id_gender_race_age', _persons),
@@ -1022,7 +1047,8 @@ def guess_task(
 )->tuple[str|None,str]: # name of a task, or None; why
     "Which task a data folder looks like"
     d = existing_dir(data_dir)
-    return next(((task, why) for task,why,test in LAYOUTS if test(d)), (None, 'no layout that one task alone has'))
+    found = ((task, why) for task,why,test in LAYOUTS if test(d))
+    return next(found, (None, 'no layout that one task alone has'))
 
 # %% ../nbs/01_data.ipynb #d2e31046
 def unused_files(
@@ -1134,9 +1160,11 @@ def own_file(
     "A path that may be written: nothing is there, or a table of findings; `ConfigError` otherwise"
     path, head = Path(path), b','.join(c.encode() for c in finding_rows([]))
     if path.is_dir(): raise ConfigError(f'out: {path} is a folder; give the name of a CSV to write')
-    if os.path.lexists(path) and file_head(path, len(head)+1).rstrip() != head: raise ConfigError(f'out: {path} is there and was not written by carnb check; it is not overwritten, give another name')
+    if os.path.lexists(path) and file_head(path, len(head)+1).rstrip() != head:
+        raise ConfigError(f'out: {path} is there and was not written by carnb check; it is not overwritten, give another name')
     return path
 
+# %% ../nbs/01_data.ipynb #d1a05e23
 @contextlib.contextmanager
 def said_when_full(
     folder, # that is written to
