@@ -7,7 +7,7 @@ __all__ = ['MERGE_WRITES', 'GATE', 'LOG_COLUMNS', 'vocabularies', 'template_voca
            'Finding', 'check_submission', 'vocabulary_findings', 'read_submission', 'best_classes', 'agreement',
            'correlation', 'prior_shift', 'log_problems', 'submissions_log', 'safe_cell', 'archived', 'archived_numbers',
            'was_submitted', 'earlier_findings', 'record_submission', 'check_submit', 'write_submission', 'output_file',
-           'config_difference', 'ready_to_submit', 'shift_findings', 'merged_names', 'make_submission',
+           'move_aside', 'config_difference', 'ready_to_submit', 'shift_findings', 'merged_names', 'make_submission',
            'plot_submission']
 
 # %% ../nbs/14_submit.ipynb #de71160e
@@ -494,9 +494,18 @@ def output_file(
     if path.resolve() == log.resolve(): raise ConfigError(f'output: {path} is the logbook; give another name')
     if not path.exists(): return path
     if not path.is_file(): raise ConfigError(f'output: {path} is no file; expected the name of one, such as {path/"submission.csv"}')
-    if was_submitted(path.read_bytes()): return path
+    if not output or was_submitted(path.read_bytes()): return path # at the usual place it is moved aside, see `move_aside`
     theirs = 'carnb did not write it (or somebody changed it since)'
     raise ConfigError(f'output: {path} is there, and {theirs}; move it away, or name another file')
+
+# %% ../nbs/14_submit.ipynb #e14a0025
+def move_aside(
+    path, # where a submission is about to be put
+)->Path|None: # the new name of what lay there; None: nothing did, or one of ours
+    "A file that carnb did not write gets a name of its own"
+    path = Path(path)
+    if not path.is_file() or was_submitted(raw := path.read_bytes()): return None
+    return path.rename(path.with_name(f'{path.stem}-{hashlib.sha256(raw).hexdigest()[:8]}{path.suffix}'))
 
 # %% ../nbs/14_submit.ipynb #60d37b97
 def config_difference(
@@ -568,16 +577,18 @@ def make_submission(
     record, comp, runs = open_experiment(experiment, task, data_dir)
     done = ready_to_submit(experiment, comp, runs)
     path = output_file(output, runs_dir()/safe_name(experiment)/'ensemble')
-    root, logged = runs_dir().resolve().parent, []
+    root, logged, aside = runs_dir().resolve().parent, [], []
     shown = path.resolve().relative_to(root) if path.resolve().is_relative_to(root) else path
     row = _log_row(runs, done.summary)
     def more(raw): return shift_findings(done.test, done.oof) + earlier_findings(raw, experiment)
-    def keep(raw): logged.append(record_submission(raw, experiment, shown.as_posix(), done.summary, note=note, **row))
+    def keep(raw):
+        logged.append(record_submission(raw, experiment, shown.as_posix(), done.summary, note=note, **row))
+        aside.append(move_aside(path))
     to = comp.template, comp.column_class, done.test.ids, done.test.classes, done.test.probs, path
     with disk_errors(path.parent):
         raw, found = write_submission(*to, merge_write, clip, record.metric, more, allow, strict, merged_names(comp, runs[0].config), keep)
     number, new = logged[0]
-    return AttrDict(done, path=path, findings=found, number=number, new=new, template=comp.template)
+    return AttrDict(done, path=path, aside=aside[0], findings=found, number=number, new=new, template=comp.template)
 
 # %% ../nbs/14_submit.ipynb #e14a0033
 def _log_row(runs, summary):
