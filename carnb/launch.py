@@ -157,12 +157,19 @@ def run_notebook(
 
 # %% ../nbs/16c_launch.ipynb #la18
 class Shown:
-    "Passes text on to a stream and remembers whether its last line is open"
-    def __init__(self, stream): self.stream,self.open = stream,False
+    "Passes text on to a stream; into a file only lines as they ended"
+    def __init__(self, stream): self.stream,self.screen,self.line,self.bar = stream,stream.isatty(),'',False
     def write(self, text):
-        if text: self.open = text[-1] not in '\n\r'
-        return self.stream.write(text)
+        if self.screen: return self.stream.write(text)
+        *ended, self.line = (self.line+text).replace('\r\n', '\n').split('\n')
+        self.bar = '\r' in self.line or self.bar and not ended
+        self.line = self.line.rpartition('\r')[2]
+        for l in ended: self.stream.write(l.rpartition('\r')[2]+'\n')
     def flush(self): self.stream.flush()
+    def close(self):
+        "Write what has no end; a bar was drawn after a carriage return and is left out"
+        if self.line.strip() and not self.bar: self.stream.write(self.line+'\n')
+        self.line = ''
 
 def say(
     text:str, # a message
@@ -170,10 +177,7 @@ def say(
 ):
     "A message on stderr, on a line of its own"
     if sys.stderr.isatty(): text = '\r\033[K'+text # over a bar, or the terminal's ^C
-    elif any(s.open for s in shown): text = '\n'+text
-    for s in shown:
-        s.flush()
-        s.open = False
+    for s in shown: s.close()
     print(text, file=sys.stderr, flush=True)
 
 # %% ../nbs/16c_launch.ipynb #la21
@@ -203,6 +207,7 @@ def run_stage(
     asks, shown = asks or Requests(), [Shown(sys.stdout), Shown(sys.stderr)]
     job = NotebookRun(stage_notebook(stage), params, *shown)
     left = run_notebook(job, asks)
+    for s in shown: s.close()
     if asks.times:
         said = job.error.evalue if getattr(job.error, 'ename', '') == 'Interrupted' else ''
         say(f'carnb {stage}: ' + (said or 'interrupted'), shown)
