@@ -260,12 +260,6 @@ class Competition:
     def train(self): return self.items[self.items.split == 'train']
     @property
     def test(self): return self.items[self.items.split == 'test']
-    @property
-    def fingerprint(self):
-        "Short hash of ids, labels and file sizes"
-        sizes = [(self.data_dir/p).stat().st_size for p in self.items.path]
-        rows = sorted(zip(self.items.id, self.items.target.fillna(''), sizes))
-        return hashlib.sha256(repr((rows, self.classes)).encode()).hexdigest()[:12]
 
 def existing_dir(
     data_dir, # path, from the project's root when relative
