@@ -643,6 +643,9 @@ def fit_from(
             learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
     learn._do_fit = loop
     try: learn.fit(n_epoch, lr=learn.lr)
+    except CarnbError as e: # fastai puts the callback's name before the message
+        e.args = (str(e).removeprefix('Exception occured in ').split(':\n\t', 1)[-1],)
+        raise
     finally:
         del learn._do_fit
         for cb in learn.cbs:

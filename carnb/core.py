@@ -6,9 +6,10 @@
 __all__ = ['IN_TEST', 'STAGE_NAMES', 'NEXT', 'NOT_IN_HASH', 'FILES_IN_HASH', 'RESERVED', 'LONGEST_NAME', 'CarnbError',
            'ConfigError', 'DataError', 'DamagedFile', 'raise_problems', 'did_you_mean', 'project_root', 'runs_dir',
            'resolve_path', 'atomic_path', 'write_text', 'write_json', 'read_json', 'write_csv', 'arrays_checksum',
-           'save_npz', 'load_npz', 'coerce', 'stage_config', 'notebooks_dir', 'stage_notebook', 'list_stages',
-           'stage_params', 'next_command', 'file_hash', 'hash8', 'safe_name', 'name_problem', 'environment',
-           'record_notebook', 'seed_everything', 'item_rng', 'pick_device', 'use_korean_font', 'Optional', 'Union']
+           'save_npz', 'load_npz', 'coerce', 'coerce_like', 'coerce_options', 'stage_config', 'notebooks_dir',
+           'stage_notebook', 'list_stages', 'stage_params', 'next_command', 'file_hash', 'hash8', 'safe_name',
+           'name_problem', 'environment', 'record_notebook', 'seed_everything', 'item_rng', 'pick_device',
+           'use_korean_font', 'plain_text', 'Optional', 'Union']
 
 # %% ../nbs/00_core.ipynb #d25e8819
 import ast, contextlib, difflib, errno, functools, hashlib, importlib.metadata, importlib.resources, importlib.util, json, os, platform, random, re, shlex, subprocess, sys, typing, warnings
@@ -154,6 +155,11 @@ def load_npz(
     return AttrDict(arrays)
 
 # %% ../nbs/00_core.ipynb #4891df90
+def _exponents(v):
+    "Numbers such as `1e-3`, which YAML leaves as text, in a mapping and the mappings in it"
+    if isinstance(v, dict): return {k: _exponents(float(o) if isinstance(o, str) and re.fullmatch(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+', o) else o) for k,o in v.items()}
+    return [_exponents(o) for o in v] if isinstance(v, list) else v
+
 def _options(t): return typing.get_args(t) or (t,)
 
 def _try(t, v):
@@ -168,16 +174,16 @@ def _try(t, v):
         return f == int(f) if abs(f) < 1e18 else False, int(f) if abs(f) < 1e18 else v
     if t is float:
         if isinstance(v, bool): return False, v
-        try: return True, float(v)
-        except (TypeError, ValueError): return False, v
+        try: return abs(float(v)) < float('inf'), float(v) # neither NaN nor infinity is a setting
+        except (TypeError, ValueError, OverflowError): return False, v
     if t is list:
         if isinstance(v, str) and re.match(r'\s*\[.*[{\[\'"]', v, re.S): # YAML, where commas do not only separate
             try: v = yaml.safe_load(v)
             except yaml.YAMLError: return False, v
         if isinstance(v, str): v = [o.strip() for o in v.strip().strip('[]').split(',') if o.strip()]
         if isinstance(v, (int, float)): v = [v]
-        return isinstance(v, (list, tuple)), list(v) if isinstance(v, (list, tuple)) else v
-    if t is dict: return isinstance(v, dict), v
+        return isinstance(v, (list, tuple)), _exponents(list(v)) if isinstance(v, (list, tuple)) else v
+    if t is dict: return isinstance(v, dict), _exponents(v)
     if t is str: return isinstance(v, (str, Path)), str(v)
     return isinstance(v, t), v
 
@@ -192,6 +198,25 @@ def coerce(
         if ok: return v
     words = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', list: 'a list', dict: 'a mapping', type(None): 'None'}
     raise ValueError(f'{value!r} is not {" or ".join(words[t] for t in _options(annotation))}')
+
+def coerce_like(
+    value, # what the user gave
+    example, # a value of the right type, such as the default
+):
+    "`value` as the type of `example`, a list's elements as those of the example's; `ValueError` when that cannot be"
+    if isinstance(example, (list, tuple)): return [coerce_like(o, example[0]) for o in coerce(value, list)] if example else coerce(value, list)
+    return coerce(value, str|None if isinstance(example, str) else type(example))
+
+def coerce_options(
+    options:dict, # name -> value, as the user gave them
+    examples:dict, # name -> a value of the right type
+)->tuple: # options with their types, problems
+    "A mapping of options as the types of their defaults; names without an example stay as they are"
+    typed, problems = dict(options), []
+    for k in [k for k in options if k in examples]:
+        try: typed[k] = coerce_like(options[k], examples[k])
+        except ValueError as e: problems.append(f'{k}: {e}')
+    return typed, problems
 
 # %% ../nbs/00_core.ipynb #2dc2e53d
 def _injected(ns):
@@ -458,3 +483,10 @@ def use_korean_font():
     if not spec: raise CarnbError('no font with Hangul: pip install koreanize-matplotlib')
     for f in (Path(spec.submodule_search_locations[0])/'fonts').glob('*.ttf'): font_manager.fontManager.addfont(str(f))
     mpl.rcParams.update({'font.family': ['NanumGothic', 'DejaVu Sans'], 'axes.unicode_minus': False})
+
+# %% ../nbs/00_core.ipynb #00a7e702
+def plain_text(
+    s, # a class name, a file name, anything that comes from data
+)->str:
+    "`s` for matplotlib, which then draws it as it stands"
+    return str(s).replace('$', r'\$')

@@ -149,7 +149,7 @@ def jpeg_head(
 
 def _reduced(h, w, min_size):
     "How a JPEG is decoded so that `min_size` stays: OpenCV's flag"
-    k = min(max(h, w)/max(min_size), min(h, w)/min(min_size)) if min_size else 0 # orientation does not matter
+    k = min(h/min_size[0], w/min_size[1]) if min_size else 0
     return next((flag for f,flag in ((8, cv2.IMREAD_REDUCED_COLOR_8), (4, cv2.IMREAD_REDUCED_COLOR_4), (2, cv2.IMREAD_REDUCED_COLOR_2)) if k >= f), cv2.IMREAD_COLOR_RGB)
 
 def _imdecode(raw, flag):
@@ -167,7 +167,8 @@ def decode_image(
         if 0 < h*w <= MAX_PIXELS and not turned and (im := _imdecode(raw, _reduced(h, w, min_size))) is not None: return im
     pil = _open(raw)
     if pil.format in ('JPEG', 'MPO'):
-        im = _imdecode(raw, _reduced(*pil.size[::-1], min_size))
+        h,w = pil.size if orientation(pil) > 4 else pil.size[::-1] # as it will be seen
+        im = _imdecode(raw, _reduced(h, w, min_size))
         if im is not None: return np.ascontiguousarray(_UPRIGHT[orientation(pil)](im))
         pil = _open(raw+b'\xff\xd9') # cut off: with an end marker, what is there is decoded
     try:
@@ -376,12 +377,6 @@ class Competition:
     def train(self): return self.items[self.items.split == 'train']
     @property
     def test(self): return self.items[self.items.split == 'test']
-    @property
-    def fingerprint(self):
-        "Short hash of ids, labels and file sizes"
-        sizes = [(self.data_dir/p).stat().st_size for p in self.items.path]
-        rows = sorted(zip(self.items.id, self.items.target.fillna(''), sizes))
-        return hashlib.sha256(repr((rows, self.classes)).encode()).hexdigest()[:12]
 
 def existing_dir(
     data_dir, # path, from the project's root when relative

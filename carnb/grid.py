@@ -8,6 +8,7 @@ __all__ = ['check_grid', 'grid_cells', 'disk_of', 'free_space', 'plan_grid', 'ru
 # %% ../nbs/11_grid.ipynb #d2db3a7c
 from .core import * # before torch: see OMP_WAIT_POLICY there
 from .run import Run
+from .identity import compare_data
 import contextlib, itertools, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd
@@ -75,7 +76,9 @@ def plan_grid(
             continue
         if data is None: data = read_data(get_task(cfg.task), cfg.data_dir, cfg.merges, options=cfg.data_options)
         comp = data[0]
-        try: run = Run.for_config(cfg := resolve(cfg, get_task(cfg.task), data[1]))
+        try:
+            run = Run.for_config(cfg := resolve(cfg, get_task(cfg.task), data[1]))
+            if not rows: compare_data(check_experiment(cfg), *data, cfg=cfg) # a cell that is done was done on this data
         except ConfigError as e:
             problems.append(f'cell {i}: {e}')
             continue

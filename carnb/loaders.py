@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FITS', 'RESIZES', 'DATA_PRESETS', 'PREPROCESS', 'IMAGENET_STATS', 'compose', 'valid_transform', 'train_transform',
            'augment', 'DataPreset', 'find_data_preset', 'GreyWorld', 'remove_background', 'find_preprocess',
-           'check_preprocess', 'PhotoCache', 'PhotoDataset', 'PhotoDL', 'NormalizeBytes', 'PhotoLoaders',
+           'check_preprocess', 'PhotoCache', 'Label', 'PhotoDataset', 'PhotoDL', 'NormalizeBytes', 'PhotoLoaders',
            'balanced_weights', 'loader_settings', 'decode_size', 'make_dls', 'mix_batch', 'MixUpCutMix', 'canvas',
-           'median_aspect']
+           'median_aspect', 'MAX_SIDE']
 
 # %% ../nbs/03_loaders.ipynb #bae413f9
 from .core import * # before torch: see OMP_WAIT_POLICY there
@@ -20,12 +20,13 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Category, Normalize
 from fastai.torch_core import TensorCategory, TensorImage, to_device
+from fastai.torch_core import show_title
 from fastcore.basics import AttrDict
 from .data import *
 
 # %% ../nbs/03_loaders.ipynb #c4n5a501
-from .canvas import canvas, median_aspect
-_all_ = ['canvas', 'median_aspect']
+from .canvas import MAX_SIDE, canvas, median_aspect
+_all_ = ['canvas', 'median_aspect', 'MAX_SIDE']
 
 # %% ../nbs/03_loaders.ipynb #5f851fc1
 FITS = ('stretch', 'pad', 'crop')
@@ -301,6 +302,10 @@ class PhotoCache:
 # %% ../nbs/03_loaders.ipynb #6ed81ad2
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+class Label(Category):
+    "A class that a picture shows as it is called"
+    def show(self, ctx=None, **kwargs): return show_title(str(self) if ctx is None else plain_text(self), ctx=ctx, **{**self._show_args, **kwargs})
+
 class PhotoDataset(torch.utils.data.Dataset):
     "Items table -> (uint8 image (h, w, 3), class index); as much of fastai's `Datasets` as a `Learner` asks for"
     n_inp = 1
@@ -319,7 +324,7 @@ class PhotoDataset(torch.utils.data.Dataset):
     ):
         self.preprocess = None if preprocess is None else check_preprocess(preprocess)
         self.cache_dir,self.cache_bytes = cache_dir,cache_bytes
-        self.cache = None if cache_dir is None else PhotoCache(cache_dir, cache_bytes, f'{min_size}|{getattr(preprocess, "name", "")}')
+        self.cache = None if cache_dir is None else PhotoCache(cache_dir, cache_bytes, f'{min_size}|{getattr(preprocess, "name", "")}|upright')
         self.items,self.data_dir,self.vocab,self.tfms,self.split_idx,self.label,self.seed,self.min_size = items.reset_index(drop=True),Path(data_dir),list(classes),tfms,split_idx,label,seed,min_size
         at = {c: i for i,c in enumerate(self.vocab)}
         self.labelled = label in items and items[label].notna().all()
@@ -347,7 +352,7 @@ class PhotoDataset(torch.utils.data.Dataset):
     def __getitem__(self, i):
         x,y = self.fetch(0, i)
         return TensorImage(torch.from_numpy(np.ascontiguousarray(x)).permute(2, 0, 1)), TensorCategory(int(y))
-    def decode(self, o, full=True): return (o[0], *[Category(self.vocab[int(y)]) for y in o[1:]])
+    def decode(self, o, full=True): return (o[0], *[Label(self.vocab[int(y)]) for y in o[1:]])
     @contextlib.contextmanager
     def set_split_idx(self, i):
         old, self.split_idx = self.split_idx, i

@@ -139,7 +139,7 @@ class _Floors(TorchDispatchMode):
         op = func.overloadpacket.__name__.rstrip('_')
         from_ = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         floored = op in _FLOORED or op in ('hardtanh', 'clamp', 'clamp_min') and args[1] is not None and args[1] >= 0
-        if op in _KEEP_FLOOR: floored = all(getattr(t, '_floored', False) for t in from_)
+        if op in _KEEP_FLOOR: floored = all(getattr(t, '_floored', False) for t in from_ if t.numel() > 1) # one number for all moves the floor and leaves it
         for t in tree_leaves(out):
             if isinstance(t, Tensor): t._floored = floored
         return out

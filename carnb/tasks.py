@@ -97,7 +97,8 @@ def read_masks(
     listed, names = len(set(fix.gender) | fix.swapped), ', '.join(lost[:5]) + (' ...' if len(lost) > 5 else '')
     if corrections == 'shipped' and len(lost) > MAY_MISS: # the same numbers are other people
         fix = read_corrections(None)
-        if len(lost) < listed: notes.append(f'the shipped corrections are not applied: {len(lost)} of their {listed} persons are not there ({names}), so these are taken for other people; if they are the same, -p data_options "{{corrections: always}}" corrects those that are there')
+        if len(lost) < listed: notes.append(f'the shipped corrections are not applied: {len(lost)} of their {listed} persons are not there ({names}), '
+            'so these are taken for other people; if they are the same, -p data_options "{corrections: always}" corrects those that are there')
     elif lost: notes.append(f'corrections name {len(lost)} persons that are not there: {names}; the others are corrected')
     short = []
     for f,(who,gender,_,years) in sorted(persons.items(), key=lambda o: nfc(o[0].as_posix())):
