@@ -169,7 +169,7 @@ DEMO_STEPS = dict(
 def demo()->int: # exit code
     "The whole road on the drawn competition: train 2 models x 4 folds, predict, ensemble, submit, report"
     t0, root = time.perf_counter(), runs_dir()/'demo'
-    print(f'carnb demo: a small competition is drawn, and the whole road is walked on it; 4 to 5 minutes on two quiet cores.\n'
+    print(f'carnb demo: a small competition is drawn, and the whole road is walked on it; some 5 minutes on two quiet cores.\n'
           f'Everything goes to {os.path.relpath(root)}; what is done is not done again.', flush=True)
     from carnb.demo import make_demo
     make_demo(runs_dir()/'demo_data')
