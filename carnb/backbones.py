@@ -292,7 +292,8 @@ def _explain(e, arch, pretrained, size):
     if isinstance(pretrained, str): return ConfigError(f'pretrained: {pretrained} does not fit {arch} or is no weights file that can be read without running code ({text})')
     offline = any(isinstance(x, (OSError, ConnectionError)) or 'onnect' in type(x).__name__ or 'Hub' in type(x).__name__ for x in (e, e.__cause__, e.__context__) if x is not None)
     if pretrained and offline:
-        return ConfigError(f'pretrained: the weights of {arch} could not be downloaded ({text}). Ways out: connect to the network; -p pretrained false to train from scratch; '
+        why = 'the hub does not answer' if 'LocalEntryNotFound' in text or 'OfflineMode' in text else text
+        return ConfigError(f'pretrained: the weights of {arch} could not be downloaded ({why}). Ways out: connect to the network; -p pretrained false to train from scratch; '
                            '-p pretrained FILE with a .pth or .safetensors that you have')
     if isinstance(e, AssertionError) or 'size' in text: return ConfigError(f'img_size: {arch} cannot take {size} ({text})')
     return ConfigError(f'arch: {arch} could not be built ({text})')
