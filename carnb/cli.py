@@ -121,12 +121,14 @@ def worth_lines(
     "What views and ensemble are worth out of fold"
     folder = runs_dir()/safe_name(experiment)
     e = read_json(folder/'ensemble/ensemble.json')
-    n, loss, right, views = view_gains(folder/e['best_single']['name'])
-    row = lambda words, score, rest: f'  {words:<50} {score:.3f}   {rest}'
+    gains = {f.name: view_gains(f) for f in sorted({o.parent.parent for o in folder.glob('*/fold*/oof_tta.npz')})}
+    model = min(gains, key=lambda k: gains[k][1])
+    n, loss, right, views = gains[model]
+    row = lambda words, score, rest: f'  {words:<58} {score:.3f}   {rest}'
     return [f'Out of fold, {n} photos: log loss (lower is better), and the difference with its 95 % interval.',
-            row(f'the best single model, {e["best_single"]["name"]}', loss, f'{right:.0%} right'),
+            row(f'the best model alone, {model}', loss, f'{right:.0%} right'),
             *[row(f'  and {VIEW_WORDS.get(v, v)}, the mean of both', l, signed(*d)) for v,(l,d) in views.items()],
-            row('  with the views and the temperature that suit it', e['best_single']['score'], ''),
+            row('the best model with the views and temperature that suit it', e['best_single']['score'], ''),
             row(f'the ensemble ({e["combination"]}) against the line above', e['scores']['nested'], signed(**e['difference']))]
 
 def answer_lines(
