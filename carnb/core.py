@@ -258,7 +258,7 @@ def stage_params(
     return res
 
 # %% ../nbs/00_core.ipynb #f89ab6e8
-NOT_IN_HASH = {'experiment', 'data_dir', 'fold', 'device', 'num_workers', 'tracking', 'folds_file', 'keep_checkpoints', 'cache_dir', 'memory_budget', 'resume', 'checkpoint_minutes', 'weight', 'micro_batches', 'fit_memory', 'cache_bytes'}
+NOT_IN_HASH = {'experiment', 'data_dir', 'fold', 'device', 'num_workers', 'tracking', 'folds_file', 'keep_checkpoints', 'cache_dir', 'memory_budget', 'resume', 'checkpoint_minutes', 'weight', 'micro_batches', 'fit_memory', 'cache_bytes', 'made_with', 'planned_epochs'}
 
 FILES_IN_HASH = {'pretrained', 'merges'}
 
