@@ -241,7 +241,9 @@ def writing(
 ):
     "Failures of the disk become a `CarnbError` that says what to do"
     try: yield
-    except OSError as e: raise CarnbError(disk_message(e, folder)) from None
+    except OSError as e:
+        file = e.filename2 or e.filename
+        raise CarnbError(disk_message(e, folder) + (f' ({Path(file).name})' if file else '')) from None
 
 def facts(
     pairs, # (what, value) or (what, value, 'first') for what counts most
