@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'TRAINING_PRESETS', 'HEADS', 'HEAD_INITS', 'Preset', 'list
            'make_opt_func', 'make_learner']
 
 # %% ../nbs/06_backbones.ipynb #2cc719e8
-from .core import * # before torch: see OMP_WAIT_POLICY there
+from .core import ConfigError, did_you_mean, resolve_path  # before torch: see OMP_WAIT_POLICY there
 import contextlib, copy, functools, re
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from safetensors import safe_open
 from timm.models import PretrainedCfg, group_parameters
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from timm.optim import auto_group_layers, create_optimizer_v2, list_optimizers
-from .pooling import *
+from .pooling import replace_pooling
 
 # %% ../nbs/06_backbones.ipynb #140954d7
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Preset:
     weight: float = 10. # first weight in an ensemble
     why: str = '' # 'fields: reason; fields: reason', for what the plan does not give
 
+# %% ../nbs/06_backbones.ipynb #fd6d4433
 _EQUAL = 'weight: equal, the manual votes softly'
 PRESETS = dict(
     # cars: size, batch, lr and weight are the plan's where it gives them
@@ -60,6 +61,7 @@ PRESETS = dict(
     deit_base_384=Preset('deit_base_patch16_384.fb_in1k', 384, 16, 'adamw', 2e-5, 0.01, 0.1, 10, 'optimizer, drop_path: Touvron et al. 2021; lr: their 5e-4 per 512 photos, for 16, rounded; weight_decay: as swin_base_384; '+_EQUAL),
 )
 
+# %% ../nbs/06_backbones.ipynb #652ff74c
 def list_presets()->pd.DataFrame: # a row per preset
     "The presets as a table"
     return pd.DataFrame([dict(preset=k, **asdict(p)) for k,p in PRESETS.items()]).set_index('preset')
@@ -96,6 +98,7 @@ def is_transformer(
     name = model_source(arch)[1]
     return timm.model_entrypoint(name).__module__.rpartition('.')[2] in _TRANSFORMERS or name.startswith('caformer')
 
+# %% ../nbs/06_backbones.ipynb #05d1ba03
 def find_preset(
     arch:str, # preset key or timm name
 )->Preset:
@@ -136,10 +139,12 @@ _training = dict(
 )
 TRAINING_PRESETS = {name: {k: v for k,(v,_) in d.items()} for name,d in _training.items()} # name -> parameters of 10_train
 
+# %% ../nbs/06_backbones.ipynb #0fcf4dd9
 def list_training_presets()->pd.DataFrame: # a row per parameter of a preset
     "The training presets as a table, with reasons"
     return pd.DataFrame([(n, k, v, why) for n,d in _training.items() for k,(v,why) in d.items()], columns=['preset', 'parameter', 'value', 'why'])
 
+# %% ../nbs/06_backbones.ipynb #8b14ea52
 def find_training_preset(
     name:str|None, # key of TRAINING_PRESETS; None: nothing
 )->dict: # parameters of 10_train
@@ -148,6 +153,7 @@ def find_training_preset(
     if name not in TRAINING_PRESETS: raise ConfigError(f'training_preset: {name!r}; expected one of {", ".join(TRAINING_PRESETS)}{did_you_mean(name, TRAINING_PRESETS)}')
     return copy.deepcopy(TRAINING_PRESETS[name])
 
+# %% ../nbs/06_backbones.ipynb #1ceb4a20
 _SGD = ('sgd', 'momentum', 'sgdp', 'sgdw', 'nesterov') # steps as long as the gradient, not one step length for every weight
 
 def start_values(
@@ -176,6 +182,7 @@ def hub_answers(
     except Exception: return False # each library version has errors of its own
     return True
 
+# %% ../nbs/06_backbones.ipynb #40c402f7
 @contextlib.contextmanager
 def asked_once(
     download:bool=True, # False: nothing will be asked of the hub
@@ -196,6 +203,7 @@ def weights_file(
     if not f.is_file(): raise ConfigError(f'pretrained: {path} is not there; expected true, false or a .pth / .safetensors file')
     return f
 
+# %% ../nbs/06_backbones.ipynb #c2a876d1
 def create_model(
     arch:str, # timm name
     n_classes:int, # outputs
@@ -238,6 +246,7 @@ def create_model(
     if compiled: model.compile(**(dict(backend=compiled) if isinstance(compiled, str) else {}))
     return model
 
+# %% ../nbs/06_backbones.ipynb #50dda55f
 def _check_loaded(model, file, arch):
     "timm loads what fits when the class counts differ; here all of the body must have been in the file"
     if file.suffix == '.safetensors':
@@ -251,10 +260,12 @@ def _check_loaded(model, file, arch):
     lost = [n for n in body if n not in have]
     if len(lost) > len(body)//2: raise ConfigError(f'pretrained: {file} does not fit {arch}: {len(lost)} of {len(body)} weights are not in it ({", ".join(lost[:3])} ...)')
 
+# %% ../nbs/06_backbones.ipynb #21bcba25
 def _head(model):
     c = model.get_classifier()
     return nn.ModuleList(c) if isinstance(c, (tuple, list)) else c
 
+# %% ../nbs/06_backbones.ipynb #993822b8
 HEADS, HEAD_INITS = ('linear', 'arcface'), ('zero', 'uniform', 'timm')
 
 def init_head(
@@ -268,6 +279,7 @@ def init_head(
         else: nn.init.kaiming_uniform_(m.weight, a=5**.5)
         if m.bias is not None: nn.init.zeros_(m.bias)
 
+# %% ../nbs/06_backbones.ipynb #46625190
 class MarginHead(nn.Module):
     "Logits = scale x cosine between features (n, C_in) and class vectors: the head of ArcFace and its relatives"
     def __init__(self,
@@ -286,6 +298,7 @@ class MarginHead(nn.Module):
             return self.scale*F.linear(F.normalize(x.float(), eps=1e-6), F.normalize(self.weight.float(), eps=1e-6))
     def extra_repr(self): return f'in_features={self.in_features}, out_features={self.out_features}' + ('' if self.scale.is_meta else f', scale={float(self.scale):g}')
 
+# %% ../nbs/06_backbones.ipynb #a07147be
 def margin_head(
     model:nn.Module, # a timm model; changed in place
     scale:float=30., # largest logit
@@ -298,6 +311,7 @@ def margin_head(
     model.set_submodule(next(n for n,m in model.named_modules() if m is old), new.to(old.weight.device))
     return model
 
+# %% ../nbs/06_backbones.ipynb #1b51b413
 def fixed_size(
     arch:str, # timm name
 )->bool:
@@ -305,13 +319,15 @@ def fixed_size(
     cfg, _ = model_source(arch)
     return bool(cfg and cfg.fixed_input_size)
 
+# %% ../nbs/06_backbones.ipynb #ca51158d
 def _explain(e, arch, pretrained, size):
     "What went wrong while building, in words"
     text = f'{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ""}'
     if isinstance(pretrained, str): return ConfigError(f'pretrained: {pretrained} does not fit {arch} or is no weights file that can be read without running code ({text})')
     offline = any(isinstance(x, (OSError, ConnectionError)) or 'onnect' in type(x).__name__ or 'Hub' in type(x).__name__ for x in (e, e.__cause__, e.__context__) if x is not None)
     if pretrained and offline:
-        return ConfigError(f'pretrained: the weights of {arch} could not be downloaded ({text}). Ways out: connect to the network; -p pretrained false to train from scratch; '
+        why = 'the hub does not answer' if 'LocalEntryNotFound' in text or 'OfflineMode' in text else text
+        return ConfigError(f'pretrained: the weights of {arch} could not be downloaded ({why}). Ways out: connect to the network; -p pretrained false to train from scratch; '
                            '-p pretrained FILE with a .pth or .safetensors that you have')
     if isinstance(e, AssertionError) or 'size' in text: return ConfigError(f'img_size: {arch} cannot take {size} ({text})')
     return ConfigError(f'arch: {arch} could not be built ({text})')
@@ -327,6 +343,7 @@ def size_multiple(
     p = int(patch[1]) if patch else 16
     return 16 if 16 % p == 0 else p
 
+# %% ../nbs/06_backbones.ipynb #035465b0
 def size_problem(
     arch:str, # timm name
     size, # (h, w)
@@ -349,10 +366,12 @@ def model_stats(
 # %% ../nbs/06_backbones.ipynb #fb639799
 def _decays(name, p): return not (p.ndim <= 1 or name.endswith(('pos_embed', 'cls_token', 'dist_token', 'relative_position_bias_table')))
 
+# %% ../nbs/06_backbones.ipynb #66a76f48
 def _layers(model):
     "Parameter name -> layer, 0 next to the photo"
     return group_parameters(model, model.group_matcher(coarse=False), reverse=True) if hasattr(model, 'group_matcher') else auto_group_layers(model)
 
+# %% ../nbs/06_backbones.ipynb #5b3afc61
 def _layer_groups(model):
     "[((layer, does it decay), parameters)] from the photo upwards, the last layer, and the head's parameters without and with decay"
     layers, head = _layers(model), {id(p) for p in _head(model).parameters()}
@@ -362,6 +381,7 @@ def _layer_groups(model):
         else: groups.setdefault((layers.get(n, top), _decays(n, p)), []).append(p)
     return sorted(groups.items()), top, last
 
+# %% ../nbs/06_backbones.ipynb #b8ed35d5
 def split_params(
     model:nn.Module, # a timm model
     layer_decay:float|None=None, # None: four groups; a number: two groups per layer
@@ -375,9 +395,13 @@ def split_params(
     for n,p in model.named_parameters(): groups[2*(id(p) in head) + _decays(n, p)].append(p)
     return groups
 
+# %% ../nbs/06_backbones.ipynb #9d8328d7
 def group_wds(wd:float)->list: return [0., wd, 0., wd]
+
+# %% ../nbs/06_backbones.ipynb #dd7de4ec
 def group_lrs(lr:float, head_mult:float=1.)->list: return [lr, lr, lr*head_mult, lr*head_mult]
 
+# %% ../nbs/06_backbones.ipynb #92779357
 def param_groups(
     model:nn.Module, # a timm model
     lr:float, # largest learning rate, that of the layer of the head
@@ -396,6 +420,7 @@ class HeadOptimizer(OptimWrapper):
     "A wrapped optimizer whose last two groups are the head: `freeze_to(-1)` leaves both free"
     def freeze_to(self, n): super().freeze_to(n-1 if n < 0 else n)
 
+# %% ../nbs/06_backbones.ipynb #d2f709a2
 def make_opt_func(
     name:str='adamw', # timm's name
     momentum:float=0.9, # of SGD-like ones
@@ -406,6 +431,7 @@ def make_opt_func(
     def opt(params, lr=1e-3, **kwargs): return create_optimizer_v2(params, opt=name, lr=float(np.max(lr)), weight_decay=0., momentum=momentum) # a rate per group is set by fastai
     return partial(wrapper, opt=opt)
 
+# %% ../nbs/06_backbones.ipynb #5769594a
 def make_learner(
     dls, # DataLoaders
     model:nn.Module, # from `create_model`

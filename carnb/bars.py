@@ -6,7 +6,6 @@
 __all__ = ['in_notebook', 'NotebookBar', 'bar_kind', 'close_bars', 'progress_bar']
 
 # %% ../nbs/00d_bars.ipynb #ba02
-from .core import *
 import html, io, os
 from tqdm import tqdm as text_bar
 
@@ -16,6 +15,7 @@ def in_notebook()->bool:
     try: return hasattr(get_ipython(), 'kernel') # defined by IPython only
     except NameError: return False
 
+# %% ../nbs/00d_bars.ipynb #bc2182bb
 class NotebookBar(text_bar):
     "tqdm, drawn as one line of HTML"
     handle = None
@@ -39,10 +39,12 @@ def bar_kind()->str: # html, text or none
     if told in ('text', 'none'): return told
     return 'html' if in_notebook() else 'text'
 
+# %% ../nbs/00d_bars.ipynb #e2552ace
 def close_bars(*_):
     "Close what is left of earlier bars"
     for b in list(getattr(text_bar, '_instances', ())): b.close()
 
+# %% ../nbs/00d_bars.ipynb #779d815f
 def progress_bar(
     *args, # what tqdm takes: something to go through, or nothing
     **kwargs # total, initial, desc, unit

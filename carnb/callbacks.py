@@ -10,7 +10,7 @@ __all__ = ['SCHEDULES', 'SCHEDULE_OPTIONS', 'TRACKERS', 'schedule_problems', 'sc
            'TensorBoard', 'WandB', 'make_trackers', 'Interrupted', 'Checkpoints', 'fit_from']
 
 # %% ../nbs/09b_callbacks.ipynb #2ff44052
-from .core import * # before torch: see OMP_WAIT_POLICY there
+from .core import atomic_path, CarnbError, coerce, ConfigError, did_you_mean, raise_problems, save_npz, write_csv  # before torch: see OMP_WAIT_POLICY there
 import contextlib, json, math, os, signal, threading, time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -20,12 +20,14 @@ from fastcore.foundation import L
 from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
-from .memory import peak_resident
+from .memory.measure import peak_resident
 from .metrics import METRICS, accuracy, softmax
-from .checkpoint import *
+from .checkpoint import config_differences, DamagedCheckpoint, disk_message, get_rng_state, list_checkpoints, read_checkpoint
+from .checkpoint import save_checkpoint, set_rng_state
 
 # %% ../nbs/09b_callbacks.ipynb #b63d16b3
 SCHEDULES = ('cosine', 'one_cycle', 'flat_cosine', 'warm_restarts', 'step', 'constant')
+
 SCHEDULE_OPTIONS = dict(t0=(int, 1, 10_000), t_mult=(int, 1, 100), eta_min=(float, 0., 1.), step_epochs=(int, 1, 10_000), gamma=(float, 0., 1.)) # type, range
 
 def schedule_problems(
@@ -40,6 +42,7 @@ def schedule_problems(
         else: p += [] if fits else [f'{k}: {options[k]}; expected {low} to {high}']
     return p
 
+# %% ../nbs/09b_callbacks.ipynb #e7e98d40
 def schedule_factor(
     name:str, # a name in SCHEDULES
     step:int, # 0 to total - 1
@@ -73,16 +76,19 @@ def is_fit(learn)->bool:
     "Is this a training, and not fastai's `lr_find` or `get_preds`?"
     return not hasattr(learn, 'lr_finder') and not hasattr(learn, 'gather_preds')
 
+# %% ../nbs/09b_callbacks.ipynb #27536759
 def device_of(
     learn, # a Learner, with loaders of any kind
 )->torch.device:
     "Where its model is"
     return next(learn.model.parameters()).device
 
+# %% ../nbs/09b_callbacks.ipynb #bfb2d954
 def batch_at(cb)->int:
     "Batch of this epoch, counted from its begin even when the first ones were done before an interruption"
     return cb.iter + getattr(cb.learn, 'batches_before', 0)
 
+# %% ../nbs/09b_callbacks.ipynb #e59f90bb
 class LRSchedule(Callback):
     "Sets the learning rates before each step"
     order = 10
@@ -102,6 +108,7 @@ class LRSchedule(Callback):
         f = schedule_factor(self.name_, step, self.n_epoch*self.n_iter, self.n_iter, self.warmup, **self.options)
         self.opt.set_hyper('lr', [max(f, self.eta_min/max(self.lrs))*lr for lr in self.lrs])
 
+# %% ../nbs/09b_callbacks.ipynb #d7f892bf
 class EMA(Callback):
     "Averages the weights over steps and validates with the average (Polyak & Juditsky 1992); the average warms up with the number of steps"
     order = 60 # after the optimizer's step
@@ -122,11 +129,13 @@ class EMA(Callback):
     def after_validate(self): self.learn.model = self.raw
     def after_cancel_validate(self): self.after_validate()
 
+# %% ../nbs/09b_callbacks.ipynb #67fd0c5f
 class SetEpoch(Callback):
     "Tells the loader which epoch it is: order and augmentation come from (seed, epoch, item)"
     order = -20
     def before_train(self): self.dls.train.epoch = self.epoch
 
+# %% ../nbs/09b_callbacks.ipynb #8a708b1d
 class FreezeBody(Callback):
     "Trains the head alone for the first epochs, then everything"
     order = -15
@@ -136,6 +145,7 @@ class FreezeBody(Callback):
     def before_fit(self): self.run = is_fit(self.learn)
     def before_epoch(self): self.opt.freeze_to(-1 if self.epoch < self.epochs else 0) # `learn.freeze()` would also forget the optimizer's moments
 
+# %% ../nbs/09b_callbacks.ipynb #cecdab28
 class ProgressiveResize(Callback):
     "Begins with a smaller canvas, made from the batch on the device, and grows to the full one (Tan & Le 2021; fast.ai 2018)"
     order = -5
@@ -155,6 +165,7 @@ class ProgressiveResize(Callback):
         size = self.size(*x.shape[-2:])
         if size != tuple(x.shape[-2:]): self.learn.xb = (torch.nn.functional.interpolate(x, size=size, mode='bilinear', antialias=True).contiguous(memory_format=torch.channels_last), *self.xb[1:])
 
+# %% ../nbs/09b_callbacks.ipynb #f5b823c5
 class StopAfter(Callback):
     "Ends the training after `n` steps; what was reached is validated and kept"
     order = 70
@@ -165,6 +176,7 @@ class StopAfter(Callback):
     def after_epoch(self):
         if self.train_iter >= self.n: raise CancelFitException
 
+# %% ../nbs/09b_callbacks.ipynb #af26a281
 class StopWithoutProgress(Callback):
     "Early stopping on the scored metric, as `History` has it"
     order = 71
@@ -222,6 +234,7 @@ def is_out_of_memory(
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(s in text for s in ('out of memory', "can't allocate memory", 'cannot allocate memory', 'not enough memory', 'defaultcpuallocator', 'could not create a primitive', 'could not create a memory')) # the last two: how oneDNN says it
 
+# %% ../nbs/09b_callbacks.ipynb #1fd59b73
 def free_memory(
     device, # torch device
 ):
@@ -240,6 +253,7 @@ def loss_divisor(
     divisor = getattr(loss_func, 'divisor', None)
     return len(targets) if divisor is None else divisor(targets)
 
+# %% ../nbs/09b_callbacks.ipynb #8d8f0d53
 @contextlib.contextmanager
 def _rehearsal(model):
     "What happens to the model in here leaves no trace: BatchNorm's averages and the random numbers stay"
@@ -251,6 +265,7 @@ def _rehearsal(model):
         set_rng_state(state)
         for m,o in zip(norms, momenta): m.momentum = o
 
+# %% ../nbs/09b_callbacks.ipynb #ba539bc2
 def whole_loss(
     learn, # in the middle of a batch
     cuts, # slices of the batch
@@ -348,6 +363,7 @@ def peak_memory(device)->float: # GB
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/1e9
     return peak_resident()/1e9
 
+# %% ../nbs/09b_callbacks.ipynb #88dad919
 def overfits_since(
     rows:list[dict], # history: epoch, train_loss, val_loss
     patience:int=2, # epochs in a row
@@ -358,6 +374,7 @@ def overfits_since(
     worse = all(b['val_loss'] > a['val_loss'] and b['train_loss'] < a['train_loss'] for a,b in zip(last, last[1:]))
     return min(rows, key=lambda r: r['val_loss'])['epoch'] if worse else None
 
+# %% ../nbs/09b_callbacks.ipynb #bd574b07
 def save_weights(
     path, # `.safetensors`
     model, # its state is written, on the CPU and contiguous
@@ -367,6 +384,7 @@ def save_weights(
     state = {k: v.detach().cpu().contiguous().clone() for k,v in model.state_dict().items()}
     with atomic_path(path) as tmp: save_file(state, tmp, dict(about=json.dumps(about))) # one key: safetensors writes several in any order
 
+# %% ../nbs/09b_callbacks.ipynb #140dff8f
 def hits(
     pred, # (n, C) logits
     targets, # (n,) class indices or (n, C) soft targets
@@ -375,6 +393,7 @@ def hits(
     said = pred.argmax(1)
     return (said == targets).sum() if targets.ndim == 1 else targets.gather(1, said[:,None]).sum()
 
+# %% ../nbs/09b_callbacks.ipynb #39c0aaa0
 class History(Callback):
     "A row per epoch in `history.csv`; keeps the best epoch's weights and validation logits"
     order = 65 # after EMA, before a callback that ends the fit
@@ -469,6 +488,7 @@ def wanted_trackers(
     if os.environ.get('CARNB_TRACKING', '').lower() in ('off', 'none', '0', 'false'): return []
     return [t for t in tracking if not (t == 'wandb' and os.environ.get('WANDB_MODE', '').lower() == 'disabled')]
 
+# %% ../nbs/09b_callbacks.ipynb #7107829a
 class Tracker(Callback):
     "Hands each row of the history to a tracker; subclasses have `open`, `log`, `picture`, `close`"
     order = 67 # after History
@@ -495,6 +515,7 @@ class Tracker(Callback):
     def numbers(self, row): return {('train/' if k.startswith('train_') else 'val/' if k.startswith('val_') else 'run/')+k: float(v) for k,v in row.items() if k != 'epoch'}
     def picture(self): pass
 
+# %% ../nbs/09b_callbacks.ipynb #00294445
 class TensorBoard(Tracker):
     "Event files in `tensorboard/` of the run; steps are epochs"
     def open(self):
@@ -511,6 +532,7 @@ class TensorBoard(Tracker):
             self.writer.add_image('predictions', cv2.imread(str(self.folder/'predictions.png'))[...,::-1].copy(), self.learn.history.best['epoch'], dataformats='HWC')
     def close(self): self.writer.close()
 
+# %% ../nbs/09b_callbacks.ipynb #e1af4c2b
 class WandB(Tracker):
     "Weights & Biases; offline when `WANDB_MODE=offline`, in `wandb/` of the run"
     def open(self):
@@ -533,6 +555,7 @@ class WandB(Tracker):
             self.wb.log({'predictions': wandb.Image(str(self.folder/'predictions.png'))}, step=self.learn.history.rows[-1]['epoch'])
     def close(self): self.wb.finish()
 
+# %% ../nbs/09b_callbacks.ipynb #1a35710d
 def make_trackers(
     tracking, # names in TRACKERS
     folder, # of the run
@@ -545,6 +568,7 @@ def make_trackers(
 class Interrupted(KeyboardInterrupt):
     "A signal ended the training; a checkpoint was saved"
 
+# %% ../nbs/09b_callbacks.ipynb #e4a0a13d
 class Checkpoints(Callback):
     "Saves and restores the state of a training"
     order = 90 # when all others are done with the step or the epoch
@@ -629,6 +653,7 @@ class Checkpoints(Callback):
         self.old = {}
     def after_fit(self): self._unlisten()
 
+# %% ../nbs/09b_callbacks.ipynb #143beaab
 def fit_from(
     learn, # with the callbacks of this notebook
     n_epoch:int, # of the whole training

@@ -9,7 +9,7 @@ __all__ = ['MAGIC', 'SUFFIX', 'DamagedCheckpoint', 'write_checkpoint', 'get_chec
            'config_differences', 'left_over', 'run_lock', 'disk_message']
 
 # %% ../nbs/07_checkpoint.ipynb #7e7622e8
-from .core import * # before torch: see OMP_WAIT_POLICY there
+from .core import NOT_IN_HASH, atomic_path, CarnbError, ConfigError, read_json, write_json  # before torch: see OMP_WAIT_POLICY there
 import contextlib, errno, hashlib, io, json, os, random, shutil, socket, struct, time
 from pathlib import Path
 import numpy as np, torch
@@ -21,6 +21,7 @@ MAGIC, SUFFIX = b'CARNBCK1', '.ckpt'
 
 class DamagedCheckpoint(CarnbError): "A checkpoint that is not what was written"
 
+# %% ../nbs/07_checkpoint.ipynb #74fc176d
 def _plain(o):
     "JSON and `weights_only` want plain types"
     if isinstance(o, dict): return {str(k): _plain(v) for k,v in o.items()}
@@ -29,6 +30,7 @@ def _plain(o):
     if isinstance(o, Path): return str(o)
     return o
 
+# %% ../nbs/07_checkpoint.ipynb #7f6611d3
 def write_checkpoint(
     path, # where it goes
     state:dict, # tensors, numbers, text, lists and dicts
@@ -46,6 +48,7 @@ def write_checkpoint(
             digest.update(part)
         f.write(digest.digest())
 
+# %% ../nbs/07_checkpoint.ipynb #2edd70ff
 def _head(f, path):
     "Info of an open checkpoint; the file then stands at the state"
     if f.read(8) != MAGIC: raise DamagedCheckpoint(f'{path}: no checkpoint of carnb')
@@ -55,6 +58,7 @@ def _head(f, path):
     try: return json.loads(f.read(n).decode())
     except ValueError: raise DamagedCheckpoint(f'{path}: damaged (its info cannot be read)') from None
 
+# %% ../nbs/07_checkpoint.ipynb #ac3d3501
 def get_checkpoint_info(
     path, # a checkpoint
 )->AttrDict: # epoch, model_name, fold, metrics, time, file_size, config, ...
@@ -64,6 +68,7 @@ def get_checkpoint_info(
         with open(path, 'rb') as f: return AttrDict(_head(f, path) | dict(file_size=path.stat().st_size, path=str(path)))
     except OSError as e: raise DamagedCheckpoint(f'{path}: {e.strerror}') from None
 
+# %% ../nbs/07_checkpoint.ipynb #f6a12642
 def read_checkpoint(
     path, # a checkpoint
     device='cpu', # where tensors go
@@ -90,7 +95,9 @@ def damage(
     a = bytearray(raw)
     at = int(rng.integers(n))
     if kind == 0: return raw[:at]                                                        # cut off
-    if kind == 1: a[at] ^= 1 << int(rng.integers(8)); return bytes(a)                    # one bit
+    if kind == 1:
+        a[at] ^= 1 << int(rng.integers(8))
+        return bytes(a)                    # one bit
     if kind == 2:                                                                        # many bits
         for i in rng.integers(0, n, 50): a[i] ^= 1 << int(rng.integers(8))
         return bytes(a) if bytes(a) != raw else raw[:-1]
@@ -106,6 +113,7 @@ def damage(
 # %% ../nbs/07_checkpoint.ipynb #d70eeabe
 def checkpoint_name(fold, epoch:int, step:int)->str: return f'fold{fold}-epoch{epoch:04d}-step{step:08d}{SUFFIX}'
 
+# %% ../nbs/07_checkpoint.ipynb #25f7ec55
 def list_checkpoints(
     save_dir, # folder
     fold=0, # fold, or all
@@ -118,6 +126,7 @@ def list_checkpoints(
             found.append((int(e[5:]), int(s[4:]), p))
     return [p for *_,p in sorted(found)]
 
+# %% ../nbs/07_checkpoint.ipynb #c9c1ad73
 def save_checkpoint(
     save_dir, # folder
     fold, # fold, or all
@@ -138,6 +147,7 @@ def save_checkpoint(
     cleanup_old_checkpoints(save_dir, fold, keep_last)
     return path
 
+# %% ../nbs/07_checkpoint.ipynb #dcaa66e5
 def cleanup_old_checkpoints(
     save_dir, # folder
     fold, # fold, or all
@@ -151,9 +161,12 @@ def cleanup_old_checkpoints(
     keep = set(files[-keep_last:] if keep_last else []) | set([p for p in files if best(p)][-1:])
     for p in files:
         if p in keep: continue
-        with contextlib.suppress(OSError): p.unlink(); removed.append(p)
+        with contextlib.suppress(OSError):
+            p.unlink()
+            removed.append(p)
     return removed
 
+# %% ../nbs/07_checkpoint.ipynb #7e881fab
 def find_last_checkpoint(
     save_dir, # folder
     fold=0, # fold, or all
@@ -168,6 +181,7 @@ def find_last_checkpoint(
         return p, int(info.epoch)
     return None, 0
 
+# %% ../nbs/07_checkpoint.ipynb #702b2971
 def load_checkpoint(
     path, # from `find_last_checkpoint`
     model=None, # its weights are set
@@ -184,6 +198,7 @@ def load_checkpoint(
         except (RuntimeError, ValueError, KeyError) as e: raise ConfigError(f'{path}: its {name} does not fit ({str(e).splitlines()[0][:200]})') from None
     return model, optimizer, scheduler, int(info.epoch)
 
+# %% ../nbs/07_checkpoint.ipynb #e64e2db5
 def save_ensemble_checkpoint(
     results:dict, # numbers, text, lists
     fold='all', # fold, or all
@@ -194,6 +209,7 @@ def save_ensemble_checkpoint(
     write_json(path, dict(results=body, sha256=hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest(), time=time.strftime('%Y-%m-%dT%H:%M:%S%z')))
     return path
 
+# %% ../nbs/07_checkpoint.ipynb #4ee2741b
 def load_ensemble_checkpoint(
     path, # from `save_ensemble_checkpoint`
 )->dict: # the results
@@ -212,6 +228,7 @@ def get_rng_state()->dict:
     return dict(python=[version, list(numbers), gauss], numpy=[str(name), torch.from_numpy(keys.astype('i8')), int(pos), int(has), float(cached)], torch=torch.get_rng_state(),
                 cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
+# %% ../nbs/07_checkpoint.ipynb #cc9ce8fa
 def set_rng_state(
     state:dict, # from `get_rng_state`
 ):
@@ -248,6 +265,7 @@ def left_over(
     except OSError: pass
     return False
 
+# %% ../nbs/07_checkpoint.ipynb #1c3b3623
 @contextlib.contextmanager
 def run_lock(
     folder, # of the run
@@ -259,7 +277,9 @@ def run_lock(
     folder.mkdir(parents=True, exist_ok=True)
     lock, card = FileLock(folder/'.lock'), folder/'.lock.json'
     def holder():
-        try: o = read_json(card); return f'process {o["pid"]} on {o["host"]}, since {o["since"]}'
+        try:
+            o = read_json(card)
+            return f'process {o["pid"]} on {o["host"]}, since {o["since"]}'
         except (OSError, ValueError, KeyError): return 'another process'
     try: lock.acquire(timeout=0)
     except Timeout:

@@ -8,7 +8,8 @@ __all__ = ['DOES', 'OURS', 'GROUPS', 'VIEW_WORDS', 'DEMO', 'DEMO_STEPS', 'read_w
            'main', 'run_command']
 
 # %% ../nbs/17_cli.ipynb #da5d015d
-from .core import *
+from .core import CarnbError, coerce, ConfigError, DamagedFile, DataError, did_you_mean, list_stages, load_npz, notebooks_dir
+from .core import raise_problems, read_json, resolve_path, runs_dir, safe_name, stage_notebook, stage_params, write_text
 import os, sys, time
 from pathlib import Path
 import yaml
@@ -37,6 +38,7 @@ def read_words(
             i += 1
     return from_files | given, problems
 
+# %% ../nbs/17_cli.ipynb #55e69bd7
 def parse_args(
     stage:str, # `train`, `predict`, ...
     args:list[str], # what follows on the command line
@@ -68,6 +70,7 @@ DOES = dict( # what a stage does, for the overview
     ablation='measure what each technique is worth',
     speed='measure the loader beside others')
 
+# %% ../nbs/17_cli.ipynb #18529cf9
 def what_it_does(
     stage:str, # `train`, `predict`, ...
 )->str:
@@ -76,6 +79,7 @@ def what_it_does(
     title = next(l for l in ''.join(read_json(stage_notebook(stage))['cells'][0]['source']).splitlines() if l.startswith('# '))
     return title.split(':', 1)[-1].strip()
 
+# %% ../nbs/17_cli.ipynb #d648f1c1
 def main_help()->str:
     "One screen: the stages in the order of their use"
     return '\n'.join([
@@ -97,6 +101,7 @@ GROUPS = { # of train's parameters; a stage without groups lists its cell as it 
     'the loss': 'loss label_smoothing loss_options class_weighting',
     'memory and speed': 'precision accumulation memory_budget grad_checkpointing compile deterministic'}
 
+# %% ../nbs/17_cli.ipynb #89530297
 def grouped(
     stage:str, # `train`, `predict`, ...
     names:list[str], # of its parameters
@@ -107,6 +112,7 @@ def grouped(
     rest = [k for k in names if not any(k in ks for ks in groups.values())]
     return groups | ({'more': rest} if rest else {})
 
+# %% ../nbs/17_cli.ipynb #98878653
 def used_values(
     params:dict, # given parameters of train
 )->dict: # name -> value and where it comes from
@@ -156,6 +162,7 @@ def signed(
     sure = 'better' if high < 0 else 'worse' if low > 0 else 'not certain'
     return f'{mean:+.3f} ({low:+.3f} to {high:+.3f}: {sure})'
 
+# %% ../nbs/17_cli.ipynb #3f4b27ca
 def view_gains(
     model, # folder of one model, with `fold*/oof_tta.npz`
 )->tuple: # photos, log loss and accuracy of the plain view, {view: (log loss of its mean with the plain view, `Interval` of the difference)}
@@ -177,14 +184,17 @@ def worth_lines(
     "What views and ensemble are worth out of fold"
     folder = runs_dir()/safe_name(experiment)
     e = read_json(folder/'ensemble/ensemble.json')
-    n, loss, right, views = view_gains(folder/e['best_single']['name'])
-    row = lambda words, score, rest: f'  {words:<50} {score:.3f}   {rest}'
+    gains = {f.name: view_gains(f) for f in sorted({o.parent.parent for o in folder.glob('*/fold*/oof_tta.npz')})}
+    model = min(gains, key=lambda k: gains[k][1])
+    n, loss, right, views = gains[model]
+    row = lambda words, score, rest: f'  {words:<58} {score:.3f}   {rest}'
     return [f'Out of fold, {n} photos: log loss (lower is better), and the difference with its 95 % interval.',
-            row(f'the best single model, {e["best_single"]["name"]}', loss, f'{right:.0%} right'),
+            row(f'the best model alone, {model}', loss, f'{right:.0%} right'),
             *[row(f'  and {VIEW_WORDS.get(v, v)}, the mean of both', l, signed(*d)) for v,(l,d) in views.items()],
-            row('  with the views and the temperature that suit it', e['best_single']['score'], ''),
+            row('the best model with the views and temperature that suit it', e['best_single']['score'], ''),
             row(f'the ensemble ({e["combination"]}) against the line above', e['scores']['nested'], signed(**e['difference']))]
 
+# %% ../nbs/17_cli.ipynb #eb75b654
 def answer_lines(
     experiment:str, # with an ensemble
     data_dir, # a demo: it has `answers.csv`
@@ -212,9 +222,9 @@ def new(
     print(f'{d}/ is ready. Put the photos into {d}/data/train/<class>/, then:\n  cd {d}\n  carnb check -p data_dir data\n  carnb train -f train.yaml')
     return 0
 
+# %% ../nbs/17_cli.ipynb #0a888270
 DEMO = dict(archs=['test_resnet'], over=dict(img_size=[108, 140]), folds=[0, 1, 2, 3],
             settings=dict(keep_checkpoints='none')) # and the weights of `06a_demo_weights`
-
 DEMO_STEPS = dict(
     grid='two models (one network, two photo sizes) x four of five folds; a fold is a fifth of the photos, kept from its model and used to test it',
     predict='each model looks at each photo in several views: as it is, mirrored, upside down ...',
@@ -222,12 +232,13 @@ DEMO_STEPS = dict(
     submit='the gate: a file is written only when nothing is wrong with it',
     report='leaderboard, confusions, worst mistakes, doubtful labels: one page')
 
+# %% ../nbs/17_cli.ipynb #6d8b6bf5
 def demo(
     asks=None, # what signals ask for
 )->int: # exit code
     "The whole road on the drawn competition: train 2 models x 4 folds, predict, ensemble, submit, report"
     t0, root = time.perf_counter(), runs_dir()/'demo'
-    print(f'carnb demo: a small competition is drawn, and the whole road is walked on it; 4 to 5 minutes on two quiet cores.\n'
+    print(f'carnb demo: a small competition is drawn, and the whole road is walked on it; some 5 minutes on two quiet cores.\n'
           f'Everything goes to {os.path.relpath(root)}; what is done is not done again.', flush=True)
     from carnb.demo import make_demo
     make_demo(runs_dir()/'demo_data')
@@ -260,6 +271,7 @@ def main(
         if not asks.times or not e.args: print(f'carnb: interrupted', file=sys.stderr)
         return 130
 
+# %% ../nbs/17_cli.ipynb #51534fef
 def run_command(
     args:list[str], # words after `carnb`
     asks:Requests, # what signals ask for
@@ -282,4 +294,5 @@ def run_command(
         return 0
     return run_stage(stage, parse_args(stage, rest), asks)
 
+# %% ../nbs/17_cli.ipynb #ddb3cf98
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -27,8 +27,13 @@ class CarnbError(Exception):
     def problems(self)->list[str]: return self._problems or [str(self)] # what is wrong, one line each
     def _render_traceback_(self): return [f'{type(self).__name__}: {self}']
 
+# %% ../nbs/00_core.ipynb #233d6ce5
 class ConfigError(CarnbError): "Settings that are unknown, impossible or contradictory"
+
+# %% ../nbs/00_core.ipynb #36cd32cd
 class DataError(CarnbError): "Photos, labels or templates that cannot be used as they are"
+
+# %% ../nbs/00_core.ipynb #5ef7b359
 class DamagedFile(CarnbError): "A file that is not what was written: cut off, changed, of another kind"
 
 # %% ../nbs/00_core.ipynb #dd558dbc
@@ -45,6 +50,7 @@ def raise_problems(
     e._problems = list(problems)
     raise e
 
+# %% ../nbs/00_core.ipynb #10843b29
 def did_you_mean(
     name:str, # what was written
     known, # what could have been meant
@@ -63,10 +69,12 @@ def project_root(
     start = Path(start or Path.cwd()).resolve()
     return next((p for p in [start, *start.parents] if any((p/f).exists() for f in ('settings.ini', 'carnb.yaml'))), start)
 
+# %% ../nbs/00_core.ipynb #55101b05
 def runs_dir()->Path:
     "Folder that holds one folder per experiment (`CARNB_RUNS` overrides it)"
     return Path(os.environ.get('CARNB_RUNS') or project_root()/'runs')
 
+# %% ../nbs/00_core.ipynb #40917641
 def resolve_path(
     path, # as the user wrote it: absolute, relative to the current folder, or to the project root
 )->Path:
@@ -75,7 +83,9 @@ def resolve_path(
     return p if p.is_absolute() or p.exists() else project_root()/p
 
 # %% ../nbs/00_core.ipynb #241378ca
-_UMASK = os.umask(0); os.umask(_UMASK)
+_UMASK = os.umask(0)
+
+os.umask(_UMASK)
 
 @contextlib.contextmanager
 def atomic_path(
@@ -97,27 +107,33 @@ def atomic_path(
     finally:
         with contextlib.suppress(OSError): tmp.unlink()
 
+# %% ../nbs/00_core.ipynb #31182720
 def _sync(fd):
     "fsync, where the file system has it"
     try: os.fsync(fd)
     except OSError as e:
         if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS): raise
 
+# %% ../nbs/00_core.ipynb #329eee81
 def write_text(path, text:str):
     "Write `text` as UTF-8 with plain line ends, atomically"
     with atomic_path(path) as tmp: tmp.write_bytes(text.encode())
 
+# %% ../nbs/00_core.ipynb #ab8bf24f
 def write_json(path, obj):
     "Write `obj` as readable JSON, atomically; NumPy scalars become numbers"
     write_text(path, json.dumps(obj, ensure_ascii=False, indent=1, default=_plain)+'\n')
 
+# %% ../nbs/00_core.ipynb #8bebb3d5
 def _plain(o):
     if isinstance(o, np.generic): return o.item()
     if isinstance(o, np.ndarray): return o.tolist()
     return str(o)
 
+# %% ../nbs/00_core.ipynb #6cc74bef
 def read_json(path): return json.loads(Path(path).read_text(encoding='utf8'))
 
+# %% ../nbs/00_core.ipynb #60e0eb8b
 def write_csv(path, df, **kwargs):
     "Write a table as UTF-8 CSV without its index, atomically"
     write_text(path, df.to_csv(index=False, lineterminator='\n', **kwargs))
@@ -134,11 +150,13 @@ def arrays_checksum(
         h.update(a.data.cast('B') if a.size and a.dtype.kind not in 'USmM' else a.tobytes())
     return h.hexdigest()[:16]
 
+# %% ../nbs/00_core.ipynb #9f5c150a
 def save_npz(path, **arrays):
     "Save named arrays with their checksum, atomically; text is stored as unicode, so nothing needs pickle to be read back"
     arrays = {k: np.asarray(v) for k,v in arrays.items()}
     with atomic_path(path) as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, **arrays, checksum=arrays_checksum(arrays))
 
+# %% ../nbs/00_core.ipynb #590c42e2
 def load_npz(
     path, # from `save_npz`, or any archive of arrays without objects
     names=None, # only these; the checksum needs all of them. None: all
@@ -160,10 +178,14 @@ def _exponents(v):
     if isinstance(v, dict): return {k: _exponents(float(o) if isinstance(o, str) and re.fullmatch(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+', o) else o) for k,o in v.items()}
     return [_exponents(o) for o in v] if isinstance(v, list) else v
 
+# %% ../nbs/00_core.ipynb #677c7175
 def _options(t): return typing.get_args(t) or (t,)
 
+# %% ../nbs/00_core.ipynb #6c767034
 def _try(t, v):
-    if t is type(None): ok = v is None or v == 'None'; return ok, None
+    if t is type(None):
+        ok = v is None or v == 'None'
+        return ok, None
     if t is bool:
         if isinstance(v, str): v = {'true':True, 'false':False, 'yes':True, 'no':False}.get(v.lower(), v)
         return isinstance(v, bool), v
@@ -187,6 +209,7 @@ def _try(t, v):
     if t is str: return isinstance(v, (str, Path)), str(v)
     return isinstance(v, t), v
 
+# %% ../nbs/00_core.ipynb #4e909793
 def coerce(
     value, # what the user gave
     annotation, # a type or a union of types
@@ -199,6 +222,7 @@ def coerce(
     words = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', list: 'a list', dict: 'a mapping', type(None): 'None'}
     raise ValueError(f'{value!r} is not {" or ".join(words[t] for t in _options(annotation))}')
 
+# %% ../nbs/00_core.ipynb #b583df0c
 def coerce_like(
     value, # what the user gave
     example, # a value of the right type, such as the default
@@ -207,6 +231,7 @@ def coerce_like(
     if isinstance(example, (list, tuple)): return [coerce_like(o, example[0]) for o in coerce(value, list)] if example else coerce(value, list)
     return coerce(value, str|None if isinstance(example, str) else type(example))
 
+# %% ../nbs/00_core.ipynb #39c1e1dd
 def coerce_options(
     options:dict, # name -> value, as the user gave them
     examples:dict, # name -> a value of the right type
@@ -224,6 +249,7 @@ def _injected(ns):
     cells = [c for c in ns.get('In', []) if c.startswith('# Parameters\n')]
     return [t.id for c in cells[-1:] for s in ast.parse(c).body if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)]
 
+# %% ../nbs/00_core.ipynb #815b6e69
 def _defaults(ns):
     "Defaults as the parameters cell states them, whatever was put in after it"
     found = {}
@@ -232,6 +258,7 @@ def _defaults(ns):
             found |= {s.target.id: ast.literal_eval(s.value) for s in ast.parse(c).body if isinstance(s, ast.AnnAssign) and s.value is not None and isinstance(s.target, ast.Name)}
     return found
 
+# %% ../nbs/00_core.ipynb #44775fc2
 def stage_config(
     ns:dict, # `globals()` of the notebook
     check=None, # function of the config that returns a list of problems
@@ -261,14 +288,17 @@ def notebooks_dir()->Path:
     checkout = package.parent
     return checkout/'nbs' if (checkout/'settings.ini').exists() and (checkout/'nbs').is_dir() else package/'nbs'
 
+# %% ../nbs/00_core.ipynb #76391217
 STAGE_NAMES = dict(data='check') # notebooks whose stage has another name
 
 def _stage_name(p): # what stands between the number and the first dot: `08a_memory.study` is of the stage `memory`
     name = p.stem.split('_', 1)[1].split('.')[0]
     return STAGE_NAMES.get(name, name)
 
+# %% ../nbs/00_core.ipynb #2198fd72
 def _has_params(p): return any(map(_is_params, _cells(p)))
 
+# %% ../nbs/00_core.ipynb #46bd91d0
 def stage_notebook(
     stage:str, # `check`, `train`, `predict`, ...
 )->Path:
@@ -277,14 +307,19 @@ def stage_notebook(
     if not found: raise CarnbError(f'no stage {stage!r}{did_you_mean(stage, list_stages())}; there are: {", ".join(list_stages())}')
     return next(filter(_has_params, found), found[0])
 
+# %% ../nbs/00_core.ipynb #8c0e4b74
 def _cells(nb): return read_json(nb)['cells']
+
+# %% ../nbs/00_core.ipynb #1c9f067a
 def _is_params(c): return 'parameters' in c.get('metadata', {}).get('tags', [])
 
+# %% ../nbs/00_core.ipynb #5ed4883f
 @functools.cache
 def list_stages()->list[str]:
     "Names of all notebooks that have a parameters cell"
     return [_stage_name(p) for p in sorted(notebooks_dir().glob('[0-9]*_*.ipynb')) if _has_params(p)]
 
+# %% ../nbs/00_core.ipynb #d9e63543
 def _with_bars(annotation):
     "`Optional[int]` and `Union[int, str]`, which papermill's parser needs, as Python writes them today"
     if not isinstance(annotation, ast.Subscript): return ast.unparse(annotation).replace(' ', '')
@@ -292,6 +327,7 @@ def _with_bars(annotation):
     more = ['None'] if annotation.value.id == 'Optional' else []
     return '|'.join([*map(_with_bars, parts), *more])
 
+# %% ../nbs/00_core.ipynb #132a8db3
 def stage_params(
     stage:str, # `train`, `predict`, ...
 )->dict: # name -> AttrDict(type, default, doc)
@@ -326,6 +362,7 @@ FILES_IN_HASH = {'pretrained', 'merges'}
 @functools.cache
 def file_hash(path)->str: return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
+# %% ../nbs/00_core.ipynb #ccb5bc4c
 def hash8(
     cfg:dict, # resolved configuration
 )->str: # 8 hexadecimal digits
@@ -335,6 +372,7 @@ def hash8(
         if isinstance(part[k], str) and Path(part[k]).is_file(): part[k] = file_hash(part[k])
     return hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
+# %% ../nbs/00_core.ipynb #4e7ecb86
 def safe_name(
     name:str, # an arch such as `hf_hub:timm/vgg`
 )->str:
@@ -377,6 +415,7 @@ def _show_interrupt(shell, kind, error, tb, tb_offset=None):
     shell._showtraceback(kind, error, [line])
     return [line]
 
+# %% ../nbs/00_core.ipynb #16b6cad6
 class _Recorder:
     "Collects the outputs of each executed cell and writes them into a copy of the stage's notebook"
     kinds = {'stream', 'display_data', 'execute_result', 'error'}
@@ -425,6 +464,7 @@ class _Recorder:
         whole = not any(c['cell_type'] == 'code' for c in source)
         return whole
 
+# %% ../nbs/00_core.ipynb #dc8ef47a
 _recorder = None
 
 def record_notebook(
@@ -458,10 +498,12 @@ def seed_everything(
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
 
+# %% ../nbs/00_core.ipynb #5f202cb0
 def item_rng(*key:int)->np.random.Generator:
     "A generator that depends on nothing but `key`, such as (seed, epoch, item)"
     return np.random.default_rng([k % 2**32 for k in key])
 
+# %% ../nbs/00_core.ipynb #624f5bf5
 def pick_device(
     device:str='auto', # auto, cpu, cuda, cuda:1, mps
 ):

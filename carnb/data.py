@@ -24,7 +24,7 @@ import cv2, imagehash, numpy as np, pandas as pd, yaml
 from fastcore.basics import AttrDict
 from PIL import Image
 from tqdm import tqdm
-from .core import *
+from .core import CarnbError, ConfigError, DataError, item_rng, raise_problems, resolve_path, runs_dir, write_csv
 
 # %% ../nbs/01_data.ipynb #d1a05e05
 def is_text(
@@ -35,6 +35,7 @@ def is_text(
     except UnicodeEncodeError: return False
     return True
 
+# %% ../nbs/01_data.ipynb #8036e4b9
 def as_text(
     name, # a file name or path
 )->str: # the same where a table can hold it; other bytes as `\xb1`, CR as `\r`
@@ -45,7 +46,6 @@ def as_text(
 
 # %% ../nbs/01_data.ipynb #d1a05e02
 MAX_BYTES = 2**30 # of a photo or a table; a larger file is not read
-
 _KINDS = (
     (stat.S_ISDIR, 'a folder'),
     (stat.S_ISFIFO, 'a pipe'),
@@ -54,6 +54,7 @@ _KINDS = (
     (stat.S_ISBLK, 'a device'),
 )
 
+# %% ../nbs/01_data.ipynb #c56e6962
 def _read(path, max_bytes=MAX_BYTES):
     "Bytes of a regular file; `OSError` as the system says it, `DataError` (without the path) for what is no file or too large"
     flags = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
@@ -66,6 +67,7 @@ def _read(path, max_bytes=MAX_BYTES):
         with open(fd, 'rb', closefd=False) as f: return f.read(is_what.st_size)
     finally: os.close(fd)
 
+# %% ../nbs/01_data.ipynb #ad24180a
 def read_file(
     path, # a file
     max_bytes:int=MAX_BYTES, # a larger file is not read
@@ -87,8 +89,10 @@ PHOTO_FORMATS = [f for f in ('JPEG', 'MPO', 'PNG', 'BMP', 'DIB', 'WEBP', 'GIF', 
 warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.') # broken EXIF is a finding
 cv2.setNumThreads(0) # our parallelism is over photos
 
+# %% ../nbs/01_data.ipynb #098b8a9f
 def is_jpeg(raw:bytes): return raw[:3] == b'\xff\xd8\xff'
 
+# %% ../nbs/01_data.ipynb #24cb31c7
 _SIGNATURES = [(r'version https://git-lfs', 'a Git LFS pointer, the photo itself was not fetched'), (r'\xff\xd8\xff', 'a damaged JPEG'), (r'\x89PNG', 'a damaged PNG'), (r'GIF8', 'a damaged GIF'), (r'RIFF....WEBP', 'a damaged WebP'),
                (r'(II\*\0|MM\0\*)', 'a damaged TIFF'), (r'....ftyp(hei|hev|mif|msf)', 'HEIC, save it as JPEG or PNG'), (r'....ftypavi', 'AVIF, save it as JPEG or PNG'), (r'%PDF', 'a PDF'), (r'PK\x03\x04', 'a ZIP archive'), (r'8BPS', 'a Photoshop file'),
                (r'\s*<', 'a web page, SVG or XML'), (r'\0+$', 'only zeros'), (r'BM', 'a damaged BMP')]
@@ -99,9 +103,12 @@ def looks_like(
     "What a file seems to be, in words"
     for pattern,name in _SIGNATURES:
         if re.match(pattern.encode(), raw[:4096], re.DOTALL): return name
-    try: raw[:256].decode(); return 'text'
+    try:
+        raw[:256].decode()
+        return 'text'
     except UnicodeDecodeError: return 'unknown contents'
 
+# %% ../nbs/01_data.ipynb #6c989659
 def _open(raw):
     "Pillow's lazy image (header only); `DataError` when no photo begins here or its header promises too many pixels"
     try: im = Image.open(io.BytesIO(raw), formats=PHOTO_FORMATS)
@@ -112,12 +119,14 @@ def _open(raw):
     if w*h == 0: raise DataError(f'not a photo that can be read (its header says {w} x {h} pixels)')
     return im
 
+# %% ../nbs/01_data.ipynb #b6c82f7d
 def orientation(im)->int: # 1 to 8
     "EXIF orientation of a Pillow image; 1 (upright) when there is none or EXIF is broken"
     try: o = im.getexif().get(0x112, 1)
     except Exception: o = 1
     return o if o in range(2, 9) else 1
 
+# %% ../nbs/01_data.ipynb #38f60df9
 _UPRIGHT = {1: lambda a: a, 2: lambda a: a[:,::-1], 3: lambda a: a[::-1,::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
             6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1,::-1].swapaxes(0, 1), 8: np.rot90}
 
@@ -135,6 +144,7 @@ def _rgb(im):
         im = Image.alpha_composite(white, im)
     return _UPRIGHT[o](np.asarray(im if im.mode == 'RGB' else im.convert('RGB')))
 
+# %% ../nbs/01_data.ipynb #7ceb6bc4
 def jpeg_head(
     raw:bytes, # of a JPEG
 )->tuple[int,int,bool]: # h, w as stored ((0, 0) when there is no frame header), may it be turned by EXIF or XMP?
@@ -147,16 +157,19 @@ def jpeg_head(
         i += 1 if m == 0xFF else 2 if 0xD0 <= m <= 0xD8 or m == 1 else 2+(raw[i+2]<<8 | raw[i+3])
     return 0, 0, turned
 
+# %% ../nbs/01_data.ipynb #c13ffae1
 def _reduced(h, w, min_size):
     "How a JPEG is decoded so that `min_size` stays: OpenCV's flag"
     k = min(h/min_size[0], w/min_size[1]) if min_size else 0
     return next((flag for f,flag in ((8, cv2.IMREAD_REDUCED_COLOR_8), (4, cv2.IMREAD_REDUCED_COLOR_4), (2, cv2.IMREAD_REDUCED_COLOR_2)) if k >= f), cv2.IMREAD_COLOR_RGB)
 
+# %% ../nbs/01_data.ipynb #32e789cd
 def _imdecode(raw, flag):
     try: im = cv2.imdecode(np.frombuffer(raw, 'u1'), flag | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error: return None
     return im if im is None or flag == cv2.IMREAD_COLOR_RGB else cv2.cvtColor(im, cv2.COLOR_BGR2RGB)
 
+# %% ../nbs/01_data.ipynb #5c1429c6
 def decode_image(
     raw:bytes, # the file's bytes
     min_size:tuple|None=None, # (h, w) that will be needed; a JPEG at least twice as large is decoded at a fraction
@@ -175,6 +188,7 @@ def decode_image(
         with pil: return np.ascontiguousarray(_rgb(pil))
     except Exception as e: raise DataError(f'not a photo that can be read ({str(e)[:80] or type(e).__name__})') from None
 
+# %% ../nbs/01_data.ipynb #ec593763
 def read_image(
     path, # a file
     min_size:tuple|None=None, # (h, w) that will be needed
@@ -192,8 +206,10 @@ def nfc(
     s = str(s)
     return s.strip() if s.isascii() else unicodedata.normalize('NFC', as_text(s)).strip()
 
+# %% ../nbs/01_data.ipynb #5292223c
 def _reasons(errors): return [f'{nfc(e.filename)}: {e.strerror}' for e in errors if not isinstance(e, FileNotFoundError)]
 
+# %% ../nbs/01_data.ipynb #7840a72a
 def list_photos(
     folder, # looked through to the bottom
     closed:list|None=None, # folders that cannot be read are added here (`OSError`); None: they are an error
@@ -207,6 +223,7 @@ def list_photos(
     if closed is None: raise_problems(f'{nfc(folder)}: folders in it cannot be read, so photos would be missing (chmod -R u+rX makes them readable)', _reasons(shut), DataError)
     return sorted(found, key=lambda p: nfc(p.as_posix()))
 
+# %% ../nbs/01_data.ipynb #e374df01
 test_nfd = unicodedata.normalize('NFD', '나래')
 
 # %% ../nbs/01_data.ipynb #e6246bb3
@@ -220,12 +237,14 @@ def read_csv_text(
         except UnicodeDecodeError: pass
     raise DataError(f'{path}: neither UTF-8 nor CP949 text; save it as UTF-8')
 
+# %% ../nbs/01_data.ipynb #a1cefe74
 def read_table(path)->pd.DataFrame:
     "A CSV as text columns (`0012` stays `0012`), in UTF-8 or CP949"
     text, _ = read_csv_text(path)
     try: return pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
     except Exception as e: raise DataError(f'{path}: not a CSV table: {e}') from None
 
+# %% ../nbs/01_data.ipynb #adec6420
 @dataclass(frozen=True)
 class Template:
     "What a submission must look like"
@@ -239,6 +258,7 @@ class Template:
     @property
     def kind(self): return 'labels' if len(self.columns) == 1 else 'probabilities'
 
+# %% ../nbs/01_data.ipynb #6338ff01
 def read_template(
     path, # `sample_submission.csv`
 )->Template:
@@ -263,6 +283,7 @@ def read_template(
 # %% ../nbs/01_data.ipynb #d1a05e07
 class _OnceLoader(yaml.SafeLoader): "YAML in which a key that is there twice is an error; the standard says so, PyYAML takes the last"
 
+# %% ../nbs/01_data.ipynb #d3ad6192
 def _mapping(loader, node, deep=False):
     keys = [loader.construct_object(k, deep=True) for k,_ in node.value if k.tag != 'tag:yaml.org,2002:merge']
     for i,k in enumerate(keys):
@@ -271,6 +292,7 @@ def _mapping(loader, node, deep=False):
         raise yaml.constructor.ConstructorError(None, None, problem, node.value[i][0].start_mark)
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
+# %% ../nbs/01_data.ipynb #9224918d
 _OnceLoader.add_constructor('tag:yaml.org,2002:map', lambda loader, node: _mapping(loader, node, True))
 
 def read_yaml(
@@ -313,10 +335,12 @@ def read_merges(
     raise_problems('merges contradict each other', problems, ConfigError)
     return res
 
+# %% ../nbs/01_data.ipynb #b118d2f5
 def _year(s):
     n = int(s)
     return n if n > 99 else 2000+n if n <= 35 else 1900+n if n >= 80 else 0
 
+# %% ../nbs/01_data.ipynb #e49387e4
 def plain_name(
     name, # of a class
 )->str:
@@ -324,6 +348,7 @@ def plain_name(
     def years(m): return f' y{a}to{b} ' if 0 < (a := _year(m[1])) <= (b := _year(m[2])) else m[0]
     return re.sub(r'(?<![^\W_])((?:19|20)?\d\d)년?[\s_.~〜～–—-]+((?:19|20)?\d\d)년?(?!\d)', years, nfc(name).lower())
 
+# %% ../nbs/01_data.ipynb #492cabdd
 def _name_keys(n):
     "Two forms of a name: its words in any order (without a maker's letter in front), and its letters without spaces"
     words = re.findall(r'[^\W_]+', plain_name(n))
@@ -331,6 +356,7 @@ def _name_keys(n):
     together = ''.join(w if i == 0 or not (w[0].isdigit() and words[i-1][-1].isdigit()) else '|'+w for i,w in enumerate(words))
     return ('words', *sorted(rest)) if rest else ('name', nfc(n)), ('letters', together or nfc(n))
 
+# %% ../nbs/01_data.ipynb #09e91970
 def merge_suggestions(
     classes, # class names
 )->list[tuple]: # groups of names that may be one class
@@ -378,6 +404,7 @@ class Competition:
     @property
     def test(self): return self.items[self.items.split == 'test']
 
+# %% ../nbs/01_data.ipynb #0e7bcebb
 def existing_dir(
     data_dir, # path, from the project's root when relative
 )->Path:
@@ -390,6 +417,7 @@ def existing_dir(
     except (OSError, ValueError) as e: raise DataError(f'data_dir: {as_text(data_dir)} cannot be read ({getattr(e, "strerror", None) or e})') from None
     return d
 
+# %% ../nbs/01_data.ipynb #0cb6b6ea
 def _test_items(d, template, problems):
     "Test rows from test.csv, else from test/ matched to the template's ids"
     if os.path.lexists(d/'test.csv'):
@@ -408,6 +436,7 @@ def _test_items(d, template, problems):
     ids = {nfc(i): i for i in template.ids} if template else {} # an ID is the file's name, with or without suffix
     return pd.DataFrame(dict(id=[ids.get(nfc(f.name)) or ids.get(nfc(f.stem)) or nfc(f.stem) for f in files], path=[f.relative_to(d).as_posix() for f in files]), dtype=object)
 
+# %% ../nbs/01_data.ipynb #57d0e8d4
 def _match(template, test, classes, to_class, problems):
     "Problems between template, test photos and classes; returns column -> class"
     if template is None: return {}
@@ -421,6 +450,7 @@ def _match(template, test, classes, to_class, problems):
     if missing: problems.append(f'{len(missing)} classes have no column in {template.path.name}: {", ".join(missing[:5])}')
     return column_class
 
+# %% ../nbs/01_data.ipynb #023b1eae
 def finish_competition(
     d:Path, # data folder
     train:pd.DataFrame, # id, path, label; and target and group where they differ from label and id
@@ -458,6 +488,7 @@ def finish_competition(
     if lost := [c for c in dict.fromkeys(map(to_class, names)) if c not in present]: notes.append(f'{len(lost)} classes without a training photo can never be predicted: {", ".join(lost[:5])}')
     return Competition(d, _table(train, test), classes, template, column_class, notes)
 
+# %% ../nbs/01_data.ipynb #b0b4d482
 def _table(train, test):
     items = pd.concat([train.assign(split='train'), test.assign(split='test')], ignore_index=True)
     if 'target' not in items: items['target'] = items['label']
@@ -469,6 +500,7 @@ def _table(train, test):
     items.loc[both & items.group.isin(items.group[items.split == 'train']), 'group'] = 'test: ' + items.id[both]
     return items[['id', 'path', 'label', 'target', 'fold', 'group', 'split']]
 
+# %% ../nbs/01_data.ipynb #e635a204
 def read_meta(
     d:Path, # data folder
     problems:list, # what is wrong is added here
@@ -476,18 +508,22 @@ def read_meta(
     "Class names of `meta.csv` (`target,class_name`), if there is one"
     if not os.path.lexists(d/'meta.csv'): return {}
     t = read_table(d/'meta.csv')
-    if t.shape[1] < 2: problems.append('meta.csv: expected a code column and a name column (target,class_name)'); return {}
+    if t.shape[1] < 2:
+        problems.append('meta.csv: expected a code column and a name column (target,class_name)')
+        return {}
     low = {c.strip().lower(): c for c in t.columns}
     code, name = (t[low.get(k, t.columns[i])].map(nfc) for i,k in enumerate(('target', 'class_name')))
     for what,s in (('code', code), ('class name', name)):
         if s.duplicated().any(): problems.append(f'meta.csv: {what} more than once: {", ".join(s[s.duplicated()].unique()[:5])}')
     return dict(zip(code, name))
 
+# %% ../nbs/01_data.ipynb #2ee78f26
 def _listed(folder):
     "Paths in a folder; `DataError` when it may not be read"
     try: return [e.path for e in os.scandir(folder)]
     except OSError as e: raise DataError(f'{as_text(folder)}: {e.strerror}') from None
 
+# %% ../nbs/01_data.ipynb #7b6c66eb
 def read_class_folders(
     data_dir, # holds `train/<class>/photo.jpg`, or the class folders themselves
     merges=None, # names that are one class; `merges.yaml` in the folder is used when None
@@ -505,6 +541,7 @@ def read_class_folders(
     if empty: problems.append(f'class folders without photos: {", ".join(empty[:5])}')
     return finish_competition(d, train, read_meta(d, problems), merges, problems)
 
+# %% ../nbs/01_data.ipynb #389dd5d1
 NO_LABEL, ODD_LABELS = {'nan', '<na>', 'nat', '#n/a'}, {'none', 'null', 'na', 'n/a'} # what programs write where nothing was known; what may be a class
 
 LABEL_COLUMNS, PATH_COLUMNS = ('target', 'label', 'class', 'class_name'), ('path', 'img_path', 'image_path', 'file', 'filename')
@@ -547,6 +584,7 @@ def read_label_csv(
     if unused: notes.append(f'{len(unused)} photos have no row in train.csv and are not used: {", ".join(sorted(unused)[:3])}')
     return finish_competition(d, train[['id', 'path', 'label']], names, merges, problems, notes)
 
+# %% ../nbs/01_data.ipynb #61da2e48
 def read_competition(
     data_dir, # class folders, or a `train.csv`
     merges=None, # names that are one class; `merges.yaml` in the folder is used when None
@@ -640,6 +678,7 @@ _formats = {'JPEG': {'.jpg', '.jpeg', '.jfif'}, 'MPO': {'.jpg', '.jpeg', '.jfif'
 LEFT_OUT = ('truncated', 'zeroed') # findings of training photos that are not trained on
 CHECK_VERSION = 4
 
+# %% ../nbs/01_data.ipynb #9156ff8f
 def _bits(im, raw):
     "Bits per channel in the file"
     if im.mode.startswith('I') or im.mode == 'F': return 32 if im.mode in ('I', 'F') else 16
@@ -647,6 +686,7 @@ def _bits(im, raw):
     bits = im.tag_v2.get(258, 8) if im.format == 'TIFF' else 8
     return max(bits) if isinstance(bits, tuple) else bits
 
+# %% ../nbs/01_data.ipynb #4af2ff92
 def _broken_exif(im):
     "Whether the EXIF block is no TIFF structure, or promises entries that cannot be read"
     e = im.info['exif'].removeprefix(b'Exif\0\0')
@@ -656,6 +696,7 @@ def _broken_exif(im):
     try: return len(e) < at+2 or int.from_bytes(e[at:at+2], order) > 0 and not len(im.getexif())
     except Exception: return True
 
+# %% ../nbs/01_data.ipynb #24339854
 def _peculiarities(im, raw, suffix):
     "Findings (code, message) that need only the header"
     if suffix not in _formats.get(im.format, {suffix}): yield 'suffix', f'the contents are {im.format}'
@@ -676,18 +717,23 @@ def _peculiarities(im, raw, suffix):
     end = raw.rfind(b'\xff\xd9')+2 if im.format == 'JPEG' else raw.rfind(b'IEND')+8 if im.format == 'PNG' else 0
     if 8 < end < len(raw): yield 'trailing', f'{len(raw)-end} bytes'
 
+# %% ../nbs/01_data.ipynb #5d480c39
 ALONE_PIXELS = 2**25 # photos with more are looked at one after the other: each takes some ten bytes per pixel
+
 _alone = threading.Lock()
 
 def _turn(im): return _alone if im.width*im.height > ALONE_PIXELS else contextlib.nullcontext()
 
+# %% ../nbs/01_data.ipynb #42b22999
 def check_photo(
     path, # a file
 )->dict: # findings (codes), message (a line per code), width, height (as stored), sha, phash, thumb (16 x 16 grey, hex), mean and mean square per channel (0 to 1)
     "Open one photo completely and say what is special about it"
     row, said = dict(findings='', width=0, height=0, sha='', phash='', thumb='', message=''), {}
     def done(code=None, text='', **more):
-        if code: said.clear(); said[code] = text
+        if code:
+            said.clear()
+            said[code] = text
         return {**row, 'findings': ' '.join(said), 'message': '\n'.join(f'{k}\t{v}' for k,v in said.items() if v), **more}
     if not is_text(path) or '\r' in str(path): return done('name', ascii(Path(path).name))
     try: raw = _read(path)
@@ -701,6 +747,7 @@ def check_photo(
     row['width'], row['height'] = im.size
     with _turn(im): return _looked_at(im, raw, path, row, said, done)
 
+# %% ../nbs/01_data.ipynb #4ab52b37
 def _looked_at(im, raw, path, row, said, done):
     try:
         said.update(_peculiarities(im, raw, Path(path).suffix.lower()))
@@ -760,6 +807,7 @@ def check_photos(
     if len(keep): write_csv(cache, pd.concat([t for t in (old[~old.path.isin(res.path)], known, keep) if len(t)], ignore_index=True))
     return res.set_index('path').loc[paths].reset_index()
 
+# %% ../nbs/01_data.ipynb #c3ac389f
 def finding_rows(
     rows, # (path, code, message)
 )->pd.DataFrame: # path, finding, severity, what, message
@@ -767,6 +815,7 @@ def finding_rows(
     t = pd.DataFrame([(p, f, *FINDINGS[f], m) for p,f,m in rows], columns=['path', 'finding', 'severity', 'what', 'message'])
     return t.sort_values('severity', key=lambda s: s.map(dict(error=0, warning=1, note=2)), kind='stable', ignore_index=True)
 
+# %% ../nbs/01_data.ipynb #99199af2
 def findings_table(
     checked:pd.DataFrame, # from `check_photos`
 )->pd.DataFrame: # path, finding, severity (error, warning, note), what (is done about it), message
@@ -808,6 +857,7 @@ def duplicate_pairs(
     kind = np.where(c.sha.to_numpy()[i] == c.sha.to_numpy()[j], 'exact', 'near')
     return pd.DataFrame(dict(a=c.path[i].to_numpy(), b=c.path[j].to_numpy(), kind=kind, bits=np.bitwise_count(h[i]^h[j]))).sort_values(['a', 'b'], ignore_index=True)
 
+# %% ../nbs/01_data.ipynb #5c61b79a
 def duplicate_table(
     items:pd.DataFrame, # items table
     pairs:pd.DataFrame, # from `duplicate_pairs`
@@ -822,6 +872,7 @@ def duplicate_table(
     order = {k: i for i,k in enumerate(('across classes', 'train-test', 'within train', 'within test', 'exact', 'near'))}
     return t.sort_values(['where', 'kind'], key=lambda s: s.map(order), kind='stable', ignore_index=True)
 
+# %% ../nbs/01_data.ipynb #74e73d3e
 def group_items(
     items:pd.DataFrame, # items table; `group` may already hold persons
     pairs:pd.DataFrame, # from `duplicate_pairs`
@@ -854,6 +905,7 @@ def nearest_photos(
         near[s:s+1024] = d.argmax(1)
     return near
 
+# %% ../nbs/01_data.ipynb #146cf881
 def merge_table(
     items:pd.DataFrame, # items table; its training photos are looked at
     checked:pd.DataFrame, # from `check_photos`
@@ -905,6 +957,7 @@ def make_folds(
     if bare: raise DataError(f'n_folds: {n_folds} folds cannot be dealt, there are too few independent photos ({items.group.nunique()} in {len(classes)} classes; {len(bare)} folds would be empty); use fewer folds or add photos')
     return res
 
+# %% ../nbs/01_data.ipynb #8b50e082
 def rare_classes(
     items:pd.DataFrame, # training rows
     n_folds:int, # folds wanted
@@ -913,6 +966,7 @@ def rare_classes(
     n = items.groupby('target').group.nunique()
     return n[n < n_folds].sort_values()
 
+# %% ../nbs/01_data.ipynb #f24808ca
 def rare_table(
     items:pd.DataFrame, # training rows with folds
     n_folds:int, # folds wanted
@@ -939,6 +993,7 @@ def leak_report(
     return dict(duplicate_pairs=len(p), pairs_across_folds=int((a != b).sum()), pairs_across_classes=int((label.loc[p.a].to_numpy() != label.loc[p.b].to_numpy()).sum()),
                 groups_across_folds=int((items.groupby('group').fold.nunique() > 1).sum()))
 
+# %% ../nbs/01_data.ipynb #1ed15cbb
 def read_folds(
     path, # CSV with the columns id and fold
 )->pd.Series: # fold by id
@@ -949,6 +1004,7 @@ def read_folds(
     if not t.fold.str.fullmatch(r'-1|\d+').all(): raise DataError(f'{path}: folds must be numbers from 0 (or -1: always in training)')
     return t.set_index('id').fold.astype(int)
 
+# %% ../nbs/01_data.ipynb #1d736330
 def assign_folds(
     comp:Competition, # its items get groups and folds
     checked:pd.DataFrame, # from `check_photos`
@@ -1012,19 +1068,26 @@ def _folders(d, depth, most=30):
     except OSError: at = []
     return at + [f for p in at if depth > 1 for f in _folders(p, depth-1, most)]
 
+# %% ../nbs/01_data.ipynb #90170c76
 def _has_photo(folder):
     try: return any(Path(e.name).suffix.lower() in PHOTO_SUFFIXES for e in os.scandir(folder))
     except OSError: return False
 
+# %% ../nbs/01_data.ipynb #0b0c2f9c
 def _root(d): return d/'train' if (d/'train').is_dir() else d
+
+# %% ../nbs/01_data.ipynb #6004e248
 def _polygons(d):
     heads = [file_head(p, 2**16) for p in sorted(d.glob('*.json'))]
     return any(b'"points"' in h and b'"images"' in h for h in heads)
 
-
+# %% ../nbs/01_data.ipynb #6d97fd94
 def _persons(d): return any(PERSON.fullmatch(nfc(Path(f).name)) and _has_photo(f) for f in _folders(_root(d), 3))
+
+# %% ../nbs/01_data.ipynb #faf353eb
 def _named_codes(d): return (d/'train.csv').is_file() and (d/'meta.csv').is_file()
 
+# %% ../nbs/01_data.ipynb #acf0fd00
 def _class_folders(d):
     if (d/'train.csv').is_file(): return False
     return sum(Path(f).name != 'test' and _has_photo(f) for f in _folders(_root(d), 1)) > 1
@@ -1070,6 +1133,7 @@ def unused_files(
                 elif rel.parts: rows.append((p, 'other', looks_like(head) if head else ''))
     return rows + [(os.path.relpath(e.filename, d), 'closed', e.strerror) for e in shut if not isinstance(e, FileNotFoundError)]
 
+# %% ../nbs/01_data.ipynb #f28e47cc
 def find_photos_to_check(
     data_dir, # any folder with photos
     merges=None, # names that are one class
@@ -1107,6 +1171,7 @@ def find_photos_to_check(
     if len(train) and train.depth.min() > 1: items['group'] = [Path(p).parent.as_posix() if s == 'train' else p for p,s in zip(t.path, t.split)]
     return items, sorted(set(train.label.dropna())), rows
 
+# %% ../nbs/01_data.ipynb #5a7fd8be
 def check_data(
     data_dir, # any folder with photos
     merges=None, # names that are one class; `merges.yaml` in the folder is used when None
@@ -1142,6 +1207,7 @@ def check_data(
     found = found.sort_values('severity', key=lambda s: s.map(order), kind='stable', ignore_index=True)
     return AttrDict(photos=items, classes=classes, checked=checked, findings=found, duplicates=dups, merges=alike, rare=rare, leaks=leaks)
 
+# %% ../nbs/01_data.ipynb #7aa8cf44
 def count_findings(
     findings:pd.DataFrame, # table of findings
 )->pd.DataFrame: # severity, finding, count, what (is done)

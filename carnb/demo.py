@@ -93,10 +93,12 @@ def profile(
     body:Body
 ): # `t` (n,) from 0 to 9 and the points (n, 2) of the smooth outline
     "The outline with soft bends and rounded corners"
-    t = np.linspace(0, 9, 109); f = t%1
+    t = np.linspace(0, 9, 109)
+    f = t%1
     xy = np.stack([np.interp(t, range(10), c) for c in np.array(body.outline).T], 1)
     xy[:,1] += 4*f*(1-f)*np.interp(t, range(10), [0,0,.02,.02,.05,.04,.05,.02,0,0])
-    k = np.exp(-.5*(np.arange(-5,6)/2.2)**2); k /= k.sum()
+    k = np.exp(-.5*(np.arange(-5,6)/2.2)**2)
+    k /= k.sum()
     return t, np.stack([np.convolve(c, k, 'valid') for c in np.pad(xy, ((5,5),(0,0)), mode='edge').T], 1)
 
 # %% ../nbs/01a_demo.ipynb #f44f3b67
@@ -126,11 +128,14 @@ class Camera:
     centre: float   # x of that middle, metres
     def rotate(self, p):
         "Turn points (..., 3) by the yaw"
-        c,s = np.cos(self.yaw), np.sin(self.yaw); x = p[...,0]-self.centre
+        c,s = np.cos(self.yaw), np.sin(self.yaw)
+        x = p[...,0]-self.centre
         return np.stack([x*c-p[...,2]*s, p[...,1], x*s+p[...,2]*c], -1)
     def __call__(self, p):
         "Pixels (..., 2) of points (..., 3)"
-        q = self.rotate(np.asarray(p, float)); a = np.arctan2(self.height-.6, self.distance); c,s = np.cos(a), np.sin(a)
+        q = self.rotate(np.asarray(p, float))
+        a = np.arctan2(self.height-.6, self.distance)
+        c,s = np.cos(a), np.sin(a)
         f = self.scale*self.distance/(self.distance-q[...,2]*c-q[...,1]*s)
         return np.stack([self.origin[0]+f*q[...,0], self.origin[1]-f*(q[...,1]*c-q[...,2]*s)], -1)
     @property
@@ -147,7 +152,8 @@ def shade(
     gloss      # share of the sky in a surface that looks up
 ):             # (n, 3) RGB
     "Colour of small faces lit from above"
-    q = cam.rotate(quads); n = np.cross(q[:,2]-q[:,0], q[:,3]-q[:,1])
+    q = cam.rotate(quads)
+    n = np.cross(q[:,2]-q[:,0], q[:,3]-q[:,1])
     n *= np.where(n[:,2:]<0, -1, 1)/(np.linalg.norm(n, axis=1, keepdims=True)+1e-9)
     sky = gloss*(np.clip(n[:,1:2], 0, 1)**1.5+.5*np.exp(-((n[:,1:2]-.06)/.05)**2))
     return np.clip(paint*(.36+.72*np.clip(n@LIGHT, 0, 1))[:,None]*(1-sky)+SKY*sky, 0, 255)
@@ -155,17 +161,22 @@ def shade(
 # %% ../nbs/01a_demo.ipynb #4da8a9f7
 def _fix(pts): return np.round(np.asarray(pts)*8).astype(np.int32)  # pixels in eighths, for `shift=3`
 
+# %% ../nbs/01a_demo.ipynb #ba0e8f10
 def fill(img, pts, rgb):
     "Fill the polygon `pts` (n, 2)"
     cv2.fillPoly(img, [_fix(pts)], tuple(float(c) for c in rgb), shift=3)
 
+# %% ../nbs/01a_demo.ipynb #6539459d
 def line(img, pts, rgb, width):
     "Draw the open line `pts` (n, 2)"
     cv2.polylines(img, [_fix(pts)], False, tuple(float(c) for c in rgb), max(1, round(width)), cv2.LINE_AA, shift=3)
 
+# %% ../nbs/01a_demo.ipynb #1a12226b
 def dense(pts, n=6, closed=True):
     "`pts` with `n` points on each edge, so that a straight edge can bend with the skin"
-    p = np.asarray(pts, float); q = np.roll(p, -1, 0); f = np.arange(n)[:,None]/n
+    p = np.asarray(pts, float)
+    q = np.roll(p, -1, 0)
+    f = np.arange(n)[:,None]/n
     if not closed: p,q = p[:-1], q[:-1]
     return np.vstack([(p[:,None]*(1-f)+q[:,None]*f).reshape(-1, p.shape[1]), p[:1] if closed else q[-1:]])
 
@@ -188,27 +199,33 @@ class Drawing:
         self.ends = dict(front=(o[9][1], y7, 7, 9), rear=(o[0][1], y2, 0, 2))   # y low, y high, t from, t to
     def edge(self, y, t0, t1):
         "x of the outline between `t0` and `t1` at height `y`"
-        m = (self.t>=t0)&(self.t<=t1); o = np.argsort(self.xy[m,1])
+        m = (self.t>=t0)&(self.t<=t1)
+        o = np.argsort(self.xy[m,1])
         return np.interp(y, self.xy[m,1][o], self.xy[m,0][o])
     def on_side(self, pts, rgb): fill(self.img, self.cam(skin(self.body, *dense(pts).T, 1.)), rgb)
     def side_line(self, pts, rgb, width): line(self.img, self.cam(skin(self.body, *dense(pts, closed=False).T, 1.)), rgb, width*self.cam.scale)
     def on_face(self, end, pts, rgb):
         "Fill a polygon of (a, v) on the nose or the tail"
-        lo,hi,t0,t1 = self.ends[end]; a,v = dense(pts).T; y = lo+v*(hi-lo)
+        lo,hi,t0,t1 = self.ends[end]
+        a,v = dense(pts).T
+        y = lo+v*(hi-lo)
         fill(self.img, self.cam(skin(self.body, self.edge(y,t0,t1), y, a)), rgb)
 
 # %% ../nbs/01a_demo.ipynb #b0878582
 @patch
 def net(self:Drawing, grid, paint):
     "Paint a net of points (n, m, 3) with the colours `paint` (n-1, m-1, 3)"
-    q = np.stack([grid[:-1,:-1], grid[1:,:-1], grid[1:,1:], grid[:-1,1:]], 2).reshape(-1,4,3); paint = paint.reshape(-1,3)
-    p = self.cam(q); d,e = p[:,2]-p[:,0], p[:,3]-p[:,1]
+    q = np.stack([grid[:-1,:-1], grid[1:,:-1], grid[1:,1:], grid[:-1,1:]], 2).reshape(-1,4,3)
+    paint = paint.reshape(-1,3)
+    p = self.cam(q)
+    d,e = p[:,2]-p[:,0], p[:,3]-p[:,1]
     seen = d[:,0]*e[:,1]-d[:,1]*e[:,0] > .5
     gloss = np.where((paint==self.glass).all(1, keepdims=True), .22, self.gloss)
     rgb,pts = shade(self.cam, q, paint, gloss).tolist(), _fix(p)
     order = np.argsort(self.cam.rotate(q)[...,2].mean(1))
     for i in order[seen[order]]: cv2.fillConvexPoly(self.img, pts[i], rgb[i], shift=3)
 
+# %% ../nbs/01a_demo.ipynb #eecf14f0
 @patch
 def over(self:Drawing):
     "Nose, bonnet, windscreen, roof and tail"
@@ -217,10 +234,12 @@ def over(self:Drawing):
     glass = ((t>5.1)&(t<5.93)|(t>3.1)&(t<3.92))&(abs(m)<.9)
     self.net(skin(self.body, self.xy[:,:1], self.xy[:,1:], s), np.where(glass[...,None], self.glass, self.paint))
 
+# %% ../nbs/01a_demo.ipynb #dfd441d5
 @patch
 def side(self:Drawing):
     "The near side"
-    x,y = self.xy.T; i,j = x.argmin(), x.argmax()
+    x,y = self.xy.T
+    i,j = x.argmin(), x.argmax()
     cols = x[i]+(x[j]-x[i])*(1-np.cos(np.linspace(0, np.pi, 46)))/2
     top,low = np.interp(cols, x[i:j+1], y[i:j+1]), np.interp(cols, np.r_[x[i::-1],x[:j-1:-1]], np.r_[y[i::-1],y[:j-1:-1]])
     rows = np.clip(np.linspace(y.max(), y.min(), 26)[:,None], low, top)
@@ -234,27 +253,37 @@ def window(self:Drawing):
     roof,sill = min(o[4][1],o[5][1])-.075, b.belt+.035
     x0,x1 = self.edge(max(sill,o[3][1]),3,4)+(.42 if self.car.body=='van' else .16), self.edge(max(sill,o[6][1]),5,6)-.24
     u0,u1 = self.edge(roof,3,4)+.2, self.edge(roof,5,6)-.1
-    low = [(x0,sill),(x0+.75,sill),(x1,sill)]; up = [(x0,sill),(u0,roof),((u0+u1)/2,roof+.045),(u1,roof+.03),(x1,sill)]
+    low = [(x0,sill),(x0+.75,sill),(x1,sill)]
+    up = [(x0,sill),(u0,roof),((u0+u1)/2,roof+.045),(u1,roof+.03),(x1,sill)]
     if kind=='rise': low[0] = up[0] = (x0,sill+.13)
     if kind=='drop': up[:2] = low[0],(u0,roof-.1)
-    if kind=='kink': low[0] = up[0] = (x0+.1,sill+.15); low[1] = (x0+.34,sill)
+    if kind=='kink':
+        low[0] = up[0] = (x0+.1,sill+.15)
+        low[1] = (x0+.34,sill)
     return np.array(up), np.array(low)
 
+# %% ../nbs/01a_demo.ipynb #dafd973d
 @patch
 def windows(self:Drawing):
     "Side windows with frame and pillars"
-    up,low = self.window(); w = np.vstack([up, low[1:-1][::-1]]); c = w.mean(0)
+    up,low = self.window()
+    w = np.vstack([up, low[1:-1][::-1]])
+    c = w.mean(0)
     self.on_side(c+(w-c)*[1.025,1.12], (190,192,195) if self.car.chrome else (24,24,26))
     self.on_side(w, self.glass*.8)
     self.on_side(c+(w-c)*[.97,.84]+[0,.03], self.glass*1.05)
     for f in self.body.pillars:
-        x = up[0,0]+(up[-1,0]-up[0,0])*f; d = .035*np.array([-1,1,1,-1])
+        x = up[0,0]+(up[-1,0]-up[0,0])*f
+        d = .035*np.array([-1,1,1,-1])
         self.on_side(np.stack([x+d+[-.02,-.02,.02,.02], [*np.interp([x-.03]*2, *low.T), *np.interp([x]*2, *up.T)]], 1), (20,20,22))
 
+# %% ../nbs/01a_demo.ipynb #26c6c532
 @patch
 def doors(self:Drawing):
     "Gaps between the doors, handles, sill and the crease along the side"
-    b,(up,low) = self.body, self.window(); x0,x1 = up[0,0], up[-1,0]; sill = self.ends['front'][0]+.1
+    b,(up,low) = self.body, self.window()
+    x0,x1 = up[0,0], up[-1,0]
+    sill = self.ends['front'][0]+.1
     gaps = [x0+(x1-x0)*f for f in b.pillars[-1:]]+[x1-.02]
     for x in gaps: self.side_line([(x-.02,b.belt),(x+.02,(b.belt+sill)/2),(x-.01,sill+.02)], self.paint*.38, .014)
     for x in [gaps[0]+.1]+[gaps[0]-.95]*(len(b.pillars)>1):
@@ -271,56 +300,72 @@ def disc(self:Drawing, x, r, rgb, z, n=28):
     a = np.linspace(0, 2*np.pi, n, endpoint=False)
     fill(self.img, self.cam(np.stack([x+r*np.cos(a), self.body.radius+r*np.sin(a), np.full(n,z)], 1)), rgb)
 
+# %% ../nbs/01a_demo.ipynb #489d0354
 @patch
 def wheel(self:Drawing, x, near=True):
     "Tyre, and on the near side rim and spokes"
-    r,z = self.body.radius, self.body.width/2-.03; n,w,slant = WHEEL[self.car.wheel]
+    r,z = self.body.radius, self.body.width/2-.03
+    n,w,slant = WHEEL[self.car.wheel]
     if not near: return [self.disc(x, r, (17,17,18), d) for d in (-z,.2-z)]
     for d in np.linspace(z-.22, z, 5): self.disc(x, r, (17,17,18) if d<z else (30,30,31), d)
-    self.disc(x, r*.7, (150,152,156), z); self.disc(x, r*.645, (30,30,32), z)
+    self.disc(x, r*.7, (150,152,156), z)
+    self.disc(x, r*.645, (30,30,32), z)
     rad,wide = r*np.array([.14,.66,.66,.14]), 1.1 if n<8 else .8
     for a in self.spin+2*np.pi*np.arange(n)/n:
         t = a+w*np.array([-wide,-.5,.5,wide])+slant*np.array([0,1,1,0])
         fill(self.img, self.cam(np.stack([x+rad*np.cos(t), r+rad*np.sin(t), np.full(4,z)], 1)), np.array([196,199,204])*(.88+.12*np.sin(a)))
-    self.disc(x, r*(.3 if self.car.wheel=='cap' else .17), (155,158,162), z); self.disc(x, r*.07, (80,80,84), z)
+    self.disc(x, r*(.3 if self.car.wheel=='cap' else .17), (155,158,162), z)
+    self.disc(x, r*.07, (80,80,84), z)
 
+# %% ../nbs/01a_demo.ipynb #d7d11c4f
 @patch
 def arch(self:Drawing, x):
     "The dark opening above a wheel"
-    a = np.linspace(-.25, np.pi+.25, 24); c,s = self.body.radius*1.17*np.array([np.cos(a),np.sin(a)])
+    a = np.linspace(-.25, np.pi+.25, 24)
+    c,s = self.body.radius*1.17*np.array([np.cos(a),np.sin(a)])
     self.on_side(np.stack([x+c, np.maximum(self.body.radius+s, .1)], 1), (14,14,15))
     if self.car.rails: self.side_line(np.stack([x+c*1.05, self.body.radius+s*1.05], 1)[3:-3], (40,40,42), .06)
 
 # %% ../nbs/01a_demo.ipynb #90e881cb
 def _sides(shape): return [1] if np.min(shape, 0)[0]<0 else [-1,1]  # a shape across the middle is drawn once
 
+# %% ../nbs/01a_demo.ipynb #90dc3d5a
 @patch
 def lamp(self:Drawing, end):
     "Head or tail lamps"
-    c = np.array(HEAD[self.car.head] if end=='front' else TAIL[self.car.tail]); mid,lo,hi = c.mean(0), c.min(0), c.max(0)
+    c = np.array(HEAD[self.car.head] if end=='front' else TAIL[self.car.tail])
+    mid,lo,hi = c.mean(0), c.min(0), c.max(0)
     glass = [(38,38,42),(150,160,170)] if end=='front' else [(96,10,16),(168,20,28)]
     for m in _sides(c):
-        self.on_face(end, c*[m,1], glass[0]); self.on_face(end, (mid+(c-mid)*.84)*[m,1], glass[1])
+        self.on_face(end, c*[m,1], glass[0])
+        self.on_face(end, (mid+(c-mid)*.84)*[m,1], glass[1])
         if end=='rear': self.on_face(end, (mid+(c-mid)*[.72,.28])*[m,1], (235,120,110))
         else:
             for f in (.3,.62): self.on_face(end, _disc(*((lo+(hi-lo)*[f,.5])*[m,1]), .07), (236,241,246))
 
+# %% ../nbs/01a_demo.ipynb #a634ead5
 @patch
 def corner(self:Drawing, end):
     "The part of a lamp that is seen from the side"
     shape = HEAD[self.car.head] if end=='front' else TAIL[self.car.tail]
-    y0,y1,*t = self.ends[end]; v = np.array([v for a,v in shape if a>.9])
+    y0,y1,*t = self.ends[end]
+    v = np.array([v for a,v in shape if a>.9])
     if not len(v): return
-    lo,hi = y0+v.min()*(y1-y0), y0+v.max()*(y1-y0)-.02; w = -.34 if end=='front' else .26
-    p = np.array([(self.edge(lo,*t),lo),(self.edge(hi,*t),hi),(self.edge(hi,*t)+w,hi-.015),(self.edge(lo,*t)+w*.6,lo+.02)]); m = p.mean(0)
+    lo,hi = y0+v.min()*(y1-y0), y0+v.max()*(y1-y0)-.02
+    w = -.34 if end=='front' else .26
+    p = np.array([(self.edge(lo,*t),lo),(self.edge(hi,*t),hi),(self.edge(hi,*t)+w,hi-.015),(self.edge(lo,*t)+w*.6,lo+.02)])
+    m = p.mean(0)
     rgb = [(60,62,66),(205,212,220)] if end=='front' else [(110,10,18),(178,28,34)]
-    self.on_side(p, rgb[0]); self.on_side(m+(p-m)*[.85,.75], rgb[1])
+    self.on_side(p, rgb[0])
+    self.on_side(m+(p-m)*[.85,.75], rgb[1])
 
 # %% ../nbs/01a_demo.ipynb #5a40179a
 @patch
 def grille(self:Drawing):
     "Grille, air intake and fog lamps"
-    kind = self.car.grille; g = np.array(GRILLE[kind]); c,lo,hi = g.mean(0), g.min(0), g.max(0)
+    kind = self.car.grille
+    g = np.array(GRILLE[kind])
+    c,lo,hi = g.mean(0), g.min(0), g.max(0)
     self.on_face('front', [(-.7,.03),(-.6,.2),(.6,.2),(.7,.03)], (26,26,28))
     for m in (-1,1): self.on_face('front', [(m*.66,.2),(m*.72,.36),(m*.92,.38),(m*.9,.18)], (32,32,34))
     for m in _sides(g):
@@ -331,6 +376,7 @@ def grille(self:Drawing):
         if kind in ('shield','twin'):
             for a in np.linspace(lo[0], hi[0], 9)[2:-2]: self.on_face('front', [(m*a,lo[1]+.04),(m*a+.015,lo[1]+.04),(m*a+.015,hi[1]-.04),(m*a,hi[1]-.04)], (120,122,126))
 
+# %% ../nbs/01a_demo.ipynb #8d4bbf72
 @patch
 def plate(self:Drawing, end):
     "Number plate"
@@ -348,15 +394,23 @@ def draw(self:Drawing):
     for x in b.axles: self.wheel(x, near=False)
     self.over()
     if end=='front': self.grille()
-    else: self.on_face(end, [(-.75,0),(-.7,.14),(.7,.14),(.75,0)], (28,28,30)); self.on_face(end, [(-.93,.42),(-.93,.435),(.93,.435),(.93,.42)], self.paint*.45)
-    self.lamp(end); self.plate(end); self.side()
+    else:
+        self.on_face(end, [(-.75,0),(-.7,.14),(.7,.14),(.75,0)], (28,28,30))
+        self.on_face(end, [(-.93,.42),(-.93,.435),(.93,.435),(.93,.42)], self.paint*.45)
+    self.lamp(end)
+    self.plate(end)
+    self.side()
     for x in b.axles: self.arch(x)
-    self.doors(); self.windows(); self.corner('front'); self.corner('rear')
+    self.doors()
+    self.windows()
+    self.corner('front')
+    self.corner('rear')
     x,y,z = self.window()[0][-1,0]-.12, b.belt+.07, b.width/2+.08
     for d,k in ((0,.55),(.015,.8)): fill(self.img, self.cam([(x+d+.09*np.cos(a), y+d+.075*np.sin(a), z) for a in np.linspace(0,6.28,14)]), self.paint*k)
     for a in b.axles: self.wheel(a)
     if self.car.rails:
-        x = np.linspace(.75, 2.75, 8); y = np.interp(x, *self.xy[12:97].T)
+        x = np.linspace(.75, 2.75, 8)
+        y = np.interp(x, *self.xy[12:97].T)
         line(self.img, self.cam(skin(b, x, y, .82)+[0,.045,0]), (60,60,62), .045*self.cam.scale)
     return self.img
 
@@ -366,17 +420,22 @@ def texture(rng, w, h, cell, amount):
     a = rng.normal(0, amount, (max(2,int(h/cell)), max(2,int(w/cell)))).astype(np.float32)
     return 1+cv2.resize(a, (w,h), interpolation=cv2.INTER_CUBIC)[...,None]
 
+# %% ../nbs/01a_demo.ipynb #f90df1bc
 def gradient(w, h, top, bottom):
     "Vertical gradient (h, w, 3)"
     f = np.linspace(0, 1, h)[:,None,None]
     return np.broadcast_to(np.array(top,float)*(1-f)+np.array(bottom,float)*f, (h,w,3)).copy()
 
+# %% ../nbs/01a_demo.ipynb #4a9d9a5d
 def _ground(rng, w, h, rgb, grain=.05): return gradient(w, h, np.array(rgb)*1.12, np.array(rgb)*.88)*texture(rng,w,h,2.5,grain)*texture(rng,w,h,40,.06)
 
+# %% ../nbs/01a_demo.ipynb #dc384500
 def _sky(rng, w, h):
-    f = rng.random(); top = np.array([110,160,215])*f+np.array([190,196,202])*(1-f)
+    f = rng.random()
+    top = np.array([110,160,215])*f+np.array([190,196,202])*(1-f)
     return gradient(w, h, top, top*.4+np.array([232,236,240])*.6)*texture(rng,w,h,45,.025)
 
+# %% ../nbs/01a_demo.ipynb #8310183d
 def _range(rng, a, b, n, start=60): return range(int(rng.integers(0,start)), n, int(rng.integers(a,b)))
 
 # %% ../nbs/01a_demo.ipynb #2cfd7a0a
@@ -385,13 +444,17 @@ def street(rng, w, h, hz):
     img,x = np.vstack([_sky(rng,w,hz), _ground(rng,w,h-hz,rng.uniform(92,140)*np.ones(3))]), 0
     while x<w:
         b,t,c = min(x+int(rng.integers(w//8,w//3)),w), max(int(hz*rng.uniform(-.2,.75)),0), rng.uniform(80,205)*rng.uniform(.88,1.08,3)
-        img[t:hz,x:b] = c*texture(rng,b-x,hz-t,6,.03); step = int(rng.integers(9,18))
+        img[t:hz,x:b] = c*texture(rng,b-x,hz-t,6,.03)
+        step = int(rng.integers(9,18))
         for y in range(t+5, hz-8, step):
             for v in range(x+5, b-7, step): img[y:y+step//2,v:v+step//2] = c*rng.uniform(.45,.8)
         x = b+int(rng.integers(1,14))
-    k = hz+int((h-hz)*rng.uniform(.08,.25)); img[hz:k] = np.array([165,163,158])*rng.uniform(.8,1.1); img[k:k+2] *= .6
+    k = hz+int((h-hz)*rng.uniform(.08,.25))
+    img[hz:k] = np.array([165,163,158])*rng.uniform(.8,1.1)
+    img[k:k+2] *= .6
     return img
 
+# %% ../nbs/01a_demo.ipynb #8d9ca86f
 def wall(rng, w, h, hz):
     "A brick, panel or plaster wall"
     rgb = np.array([(176,120,96),(196,190,178),(150,155,160),(205,196,168),(110,116,124),(170,178,160)][rng.integers(6)])*rng.uniform(.8,1.1)
@@ -400,11 +463,14 @@ def wall(rng, w, h, hz):
     kind,b = rng.integers(3), int(rng.integers(6,11))
     if kind==0:
         for r,y in enumerate(range(0,e,b)):
-            img[y] *= .82; img[y:min(y+b,e),(r%2)*b::2*b] *= .82
+            img[y] *= .82
+            img[y:min(y+b,e),(r%2)*b::2*b] *= .82
     elif kind==1:
         for x in _range(rng,40,90,w): img[:e,x:x+2] *= .8
     else:
-        for x in _range(rng,70,160,w): y = int(rng.integers(0,e//2)); img[y:y+int(e*.35),x:x+int(rng.integers(25,50))] = rng.uniform(40,110)*np.array([.9,1,1.1])
+        for x in _range(rng,70,160,w):
+            y = int(rng.integers(0,e//2))
+            img[y:y+int(e*.35),x:x+int(rng.integers(25,50))] = rng.uniform(40,110)*np.array([.9,1,1.1])
     img[e:e+2] *= .6
     return img
 
@@ -413,7 +479,8 @@ def field(rng, w, h, hz):
     "Hills, trees and grass or gravel"
     green = np.array([104,128,72])*rng.uniform(.75,1.2)*rng.uniform(.9,1.1,3)
     img = np.vstack([_sky(rng,w,hz), _ground(rng,w,h-hz,green if rng.random()<.5 else np.array([150,138,116])*rng.uniform(.8,1.1),.1)])
-    ridge = hz-hz*rng.uniform(.05,.45)*(.6+.4*np.sin(np.arange(w)/w*rng.uniform(3,9)+rng.uniform(0,6))); y = np.arange(h)[:,None]
+    ridge = hz-hz*rng.uniform(.05,.45)*(.6+.4*np.sin(np.arange(w)/w*rng.uniform(3,9)+rng.uniform(0,6)))
+    y = np.arange(h)[:,None]
     img[(y>=ridge)&(y<hz)] = green*.5+np.array([60,70,80])
     for _ in range(int(rng.integers(0,9))):
         c,r = (int(rng.integers(0,w)), int(hz-hz*rng.uniform(.05,.3))), int(hz*rng.uniform(.1,.3))+3
@@ -421,9 +488,12 @@ def field(rng, w, h, hz):
         cv2.line(img, c, (c[0],hz+2), (70.,58.,46.), max(1,r//6))
     return img*texture(rng,w,h,3,.05)
 
+# %% ../nbs/01a_demo.ipynb #1f63cd78
 def garage(rng, w, h, hz):
     "Pillars, lamps and painted lines"
-    lum = rng.uniform(.6,1.1); e = min(h-4,int(hz+(h-hz)*.15)); rgb = np.array([128,130,132])*lum
+    lum = rng.uniform(.6,1.1)
+    e = min(h-4,int(hz+(h-hz)*.15))
+    rgb = np.array([128,130,132])*lum
     img = np.vstack([gradient(w,e,rgb*.7,rgb), _ground(rng,w,h-e,rgb*rng.uniform(.65,.95),.02)])
     for f in np.linspace(.04,.3,4): img[int(e*f):int(e*f)+3,int(w*rng.uniform(0,.2)):int(w*rng.uniform(.6,1.1))] = 250*min(lum+.2,1)
     if rng.random()<.6: img[int(e*.62):int(e*.74)] = np.array([(200,170,40),(60,110,170),(60,140,90)][rng.integers(3)])*lum*.8
@@ -431,10 +501,12 @@ def garage(rng, w, h, hz):
     for x in _range(rng,60,120,w): cv2.line(img, (x,e), (int(x+(x-w/2)*.8),h), (np.array([215.,215,210])*lum).tolist(), 2)
     return img
 
+# %% ../nbs/01a_demo.ipynb #2b120348
 PLACES = dict(street=street, wall=wall, field=field, garage=garage)
 
 # %% ../nbs/01a_demo.ipynb #e9db9a75
 PAINTS = np.array([(232,232,230),(190,192,196),(120,124,130),(60,62,66),(24,25,28),(34,58,110),(150,28,34),(88,110,140),(176,160,132),(44,74,58),(214,150,40),(96,44,52)], float)
+
 SHARES = np.array([18,15,12,9,14,8,7,5,4,3,2,3])/100
 
 def aim(rng, body, w, h):
@@ -447,19 +519,23 @@ def aim(rng, body, w, h):
     scale = min(w*rng.uniform(.8,.98)/size[0], h*rng.uniform(.72,.92)/size[1])
     return Camera(scale=scale, origin=tuple((np.array([w,h])-size*scale)*[rng.random(),rng.uniform(.45,.95)]-lo*scale), **args)
 
+# %% ../nbs/01a_demo.ipynb #36a76d5c
 def shadow(shape, body, cam, sun):
     "Light that is left on the ground (h, w, 1)"
     light,(length,half) = np.ones(shape[:2], np.float32), (body.outline[8][0], body.width/2)
     for grow,blur,dark in ((.25,.12,.55),(-.05,.05,.45)):
-        m = np.zeros_like(light); x0,x1 = sun-grow*.6, sun+length+grow*.6
+        m = np.zeros_like(light)
+        x0,x1 = sun-grow*.6, sun+length+grow*.6
         fill(m, cam([(x0,0,-half-grow),(x1,0,-half-grow),(x1,0,half+grow*.7),(x0,0,half+grow*.7)]), (1,))
-        m = cv2.GaussianBlur(m[::4,::4], (0,0), max(.6,blur*cam.scale/4)); light *= 1-dark*cv2.resize(m, shape[1::-1])
+        m = cv2.GaussianBlur(m[::4,::4], (0,0), max(.6,blur*cam.scale/4))
+        light *= 1-dark*cv2.resize(m, shape[1::-1])
     return light[...,None]
 
 # %% ../nbs/01a_demo.ipynb #093dccf1
 def expose(rng, img):
     "Gamma, exposure, white balance, haze, vignette, blur and noise"
-    h,w = img.shape[:2]; y,x = np.ogrid[-1:1:h*1j,-1:1:w*1j]
+    h,w = img.shape[:2]
+    y,x = np.ogrid[-1:1:h*1j,-1:1:w*1j]
     out = (img.astype(np.float32)/255)**rng.uniform(.7,1.3)*(rng.uniform(.8,1.25)*rng.uniform(.93,1.07,3).astype(np.float32))
     if rng.random()<.15: out = out*.7+rng.uniform(.15,.3)
     out *= (1-rng.uniform(0,.15)*(x**2+y**2))[...,None].astype(np.float32)
@@ -468,6 +544,7 @@ def expose(rng, img):
     out += rng.normal(0, rng.uniform(.003,.02), out.shape).astype(np.float32)
     return (np.clip(out,0,1)*255).astype(np.uint8)
 
+# %% ../nbs/01a_demo.ipynb #d263a506
 def take_photo(
     name,            # class folder, a key of `CARS`; or a `Car`
     rng,             # `np.random.Generator` from which all that is not the class comes
@@ -478,7 +555,8 @@ def take_photo(
     w,h = round((area*ratio)**.5), round((area/ratio)**.5)
     car = name if isinstance(name, Car) else CARS[name]
     body = BODIES[car.body]
-    cam = aim(rng, body, 2*w, 2*h); hz = int(np.clip(cam.horizon/2, h*.12, h*.72))
+    cam = aim(rng, body, 2*w, 2*h)
+    hz = int(np.clip(cam.horizon/2, h*.12, h*.72))
     place = PLACES[rng.choice(list(PLACES))](rng, w, h, hz).clip(0,255).astype(np.float32)
     place = cv2.resize(cv2.GaussianBlur(place, (0,0), rng.uniform(.5,2.2)), (2*w,2*h))
     img = (place*shadow(place.shape, body, cam, rng.uniform(-.25,.25))).astype(np.uint8)
@@ -521,12 +599,15 @@ def encode(
     w,h = im.size
     if fault in ('resized','leak'): im = im.resize((round(w*.8), round(h*.8)), Image.Resampling.LANCZOS)
     if fault=='cropped': im = im.crop((round(w*.02), round(h*.02), round(w*.98), round(h*.98)))
-    if fault=='orientation': im = im.transpose(Image.Transpose.ROTATE_90); exif[0x0112] = 6
+    if fault=='orientation':
+        im = im.transpose(Image.Transpose.ROTATE_90)
+        exif[0x0112] = 6
     if fault in ('grey','cmyk'): im = im.convert(dict(grey='L', cmyk='CMYK')[fault])
     im.save(out, 'jpeg', quality=quality-20 if fault=='reencoded' else quality, exif=exif)
     data = out.getvalue()
     return data[:int(len(data)*.55)] if fault=='truncated' else data
 
+# %% ../nbs/01a_demo.ipynb #8b66dc42
 def photo_bytes(
     where,          # (class, index); class 'test' for the test set
     seed:int,
@@ -534,20 +615,25 @@ def photo_bytes(
 )->tuple: # the file's bytes and the class folder
     "The JPEG at one place of the demo; depends on nothing else than the arguments"
     fault,_,of = next((f for f in FAULTS if f[1]==where), (None,None,None))
-    c,i = of or where; rng = np.random.default_rng([seed, len(CARS) if c=='test' else c, i])
+    c,i = of or where
+    rng = np.random.default_rng([seed, len(CARS) if c=='test' else c, i])
     name = list(CARS)[rng.choice(len(CARS), p=_shares()) if c=='test' else c]
     img,quality = take_photo(name, rng, size), int(rng.integers(60,93))
     return encode(img, quality, fault), name if where[0]=='test' else list(CARS)[where[0]]
 
 # %% ../nbs/01a_demo.ipynb #b2dbd162
-def _shares(): w = 10.**-(np.arange(len(CARS))/(len(CARS)-1)); return w/w.sum()
+def _shares():
+    w = 10.**-(np.arange(len(CARS))/(len(CARS)-1))
+    return w/w.sum()
 
+# %% ../nbs/01a_demo.ipynb #6dcd1259
 def class_counts(
     n_train:int # photos in all
 )->dict: # class folder -> number of photos, largest first
     "How many photos each class gets"
     if n_train<4*len(CARS): raise ValueError(f'n_train={n_train}: expected at least {4*len(CARS)}, so that every class has two photos or more')
-    n = np.maximum(2, (_shares()*n_train).astype(int)); n[0] += n_train-n.sum()
+    n = np.maximum(2, (_shares()*n_train).astype(int))
+    n[0] += n_train-n.sum()
     return dict(zip(CARS, n.tolist()))
 
 # %% ../nbs/01a_demo.ipynb #5c230b5c
@@ -562,6 +648,7 @@ def fingerprint(
         h.update(f.encode()+b'\0'+hashlib.sha256((path/f).read_bytes()).digest())
     return h.hexdigest()
 
+# %% ../nbs/01a_demo.ipynb #b1b8b19c
 def demo_info(
     path # demo folder
 ): # dict, or `None` where no demo lies
@@ -570,6 +657,7 @@ def demo_info(
     except (OSError, ValueError): return None
     return info if isinstance(info, dict) and info.get('made_by')=='carnb.demo' else None
 
+# %% ../nbs/01a_demo.ipynb #097476ac
 def demo_faults(
     path # demo folder
 )->pd.DataFrame:
@@ -581,17 +669,22 @@ def _place(where):
     c,i = where
     return f'test/TEST_{i:03d}.jpg' if c=='test' else f'train/{list(CARS)[c]}/{list(CARS)[c]}_{i:04d}.jpg'
 
+# %% ../nbs/01a_demo.ipynb #cdaa2dfd
 def _write(root, seed, size, where):
-    data,name = photo_bytes(where, seed, size); (root/_place(where)).write_bytes(data)
+    data,name = photo_bytes(where, seed, size)
+    (root/_place(where)).write_bytes(data)
     return name
 
+# %% ../nbs/01a_demo.ipynb #340fae05
 def _draw_all(root, n_train, n_test, size, seed, progress):
     "Draw all photos and tables of a demo into the empty folder `root`"
-    train = [(c,i) for c,n in enumerate(class_counts(n_train).values()) for i in range(n)]; places = train+[('test',i) for i in range(n_test)]
+    train = [(c,i) for c,n in enumerate(class_counts(n_train).values()) for i in range(n)]
+    places = train+[('test',i) for i in range(n_test)]
     for d in ['test', *(f'train/{k}' for k in CARS)]: (root/d).mkdir(parents=True)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         names = list(tqdm(pool.map(partial(_write,root,seed,size), places), total=len(places), desc='drawing the demo', disable=None if progress else True))
-    ids = [f'TEST_{i:03d}' for i in range(n_test)]; csv = dict(index=False, encoding='utf-8', lineterminator='\n')
+    ids = [f'TEST_{i:03d}' for i in range(n_test)]
+    csv = dict(index=False, encoding='utf-8', lineterminator='\n')
     pd.DataFrame({'ID':ids, 'img_path':[f'test/{o}.jpg' for o in ids]}).to_csv(root/'test.csv', **csv)
     pd.DataFrame(0, index=pd.Index(ids,name='ID'), columns=sorted(CARS)).reset_index().to_csv(root/'sample_submission.csv', **csv)
     pd.DataFrame({'ID':ids, 'label':names[len(train):]}).to_csv(root/'answers.csv', **csv)
@@ -609,6 +702,7 @@ def _is_there(path, want, force):
     if not (same or force): raise FileExistsError(f'{path} holds a demo of other settings: {have}; asked for: {want}. Give another path, or force=True to draw it again.')
     return same
 
+# %% ../nbs/01a_demo.ipynb #1fff01ce
 def make_demo(
     path,            # folder to make
     n_train=600,     # training photos
@@ -621,7 +715,9 @@ def make_demo(
     "Draw the demo competition, unless it is there"
     path,want = Path(path), dict(made_by='carnb.demo', version=VERSION, seed=seed, n_train=n_train, n_test=n_test, size=list(size))
     if _is_there(path, want, force) and not force: return path
-    tmp = path.parent/f'.{path.name}-{uuid.uuid4().hex[:8]}'; old = tmp.with_name(tmp.name+'.old'); tmp.mkdir(parents=True)
+    tmp = path.parent/f'.{path.name}-{uuid.uuid4().hex[:8]}'
+    old = tmp.with_name(tmp.name+'.old')
+    tmp.mkdir(parents=True)
     try:
         _draw_all(tmp, n_train, n_test, size, seed, progress)
         (tmp/'demo.json').write_text(json.dumps({**want, 'fingerprint':fingerprint(tmp)}, indent=1), encoding='utf-8')
@@ -656,7 +752,9 @@ def draw_face(
     if gender == 'female': oval(cx, cy+r*.45, r*1.02, r*1.45, hair)                  # long hair
     oval(cx, cy-r*.22, r*.86, r*1.02, hair)
     oval(cx, cy+r*.12, r*.74, r, skin)
-    for s in (-1, 1): oval(cx+s*r*.3, cy, r*.1, r*.06, (30, 30, 30)); oval(cx+s*r*.3, cy-r*.17, r*.15, r*.03, hair)
+    for s in (-1, 1):
+        oval(cx+s*r*.3, cy, r*.1, r*.06, (30, 30, 30))
+        oval(cx+s*r*.3, cy-r*.17, r*.15, r*.03, hair)
     for i in range(max(0, (age-25)//12)): cv2.line(img, (int(cx-r*.4), int(cy-r*(.34+.09*i))), (int(cx+r*.4), int(cy-r*(.34+.09*i))), tuple(map(int, skin*.8)), 1, cv2.LINE_AA)
     oval(cx, cy+r*.3, r*.07, r*.12, skin*.85)                                        # nose
     oval(cx, cy+r*.68, r*.22, r*.06, (170, 70, 70))                                  # mouth
@@ -666,6 +764,7 @@ def draw_face(
         cv2.fillPoly(img, [np.round(box).astype(np.int32)], tuple(map(int, rng.choice([[230, 235, 240], [120, 170, 215], [40, 40, 45]]))), cv2.LINE_AA)
     return np.clip(img*rng.uniform(.8, 1.15) + rng.normal(0, 5, img.shape), 0, 255).astype(np.uint8)
 
+# %% ../nbs/01a_demo.ipynb #cde191b7
 def make_persons(
     where, # folder to write; what is there is drawn anew
     n:int=24, # persons to learn from

@@ -22,11 +22,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from scipy.optimize import minimize, nnls
-from .core import *
+from .core import arrays_checksum, CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, environment, load_npz
+from .core import project_root, raise_problems, resolve_path, runs_dir, safe_name, save_npz
 from .run import Run, find_runs, is_run_folder, read_file, read_record, write_record
 from .data import nfc, read_merges, read_meta, read_table
 from .identity import compare_data
-from .metrics import *
+from .metrics import bootstrap_interval, bootstrap_metric, check_probs, expected_calibration_error, get_metric, log_loss
+from .metrics import log_softmax, macro_f1, paired_bootstrap, reliability, softmax
 from fastcore.basics import AttrDict
 from .tasks import get_task, read_items, task_of, task_problems
 
@@ -45,6 +47,7 @@ class Logits:
         if v.size and v.min() >= 0 and np.allclose(v[..., :100, :].sum(-1), 1, atol=1e-3): raise ValueError('logits: rows are positive and sum to 1; these are probabilities, wrap them in Probs')
     def log_probs(self): return log_softmax(self.values)
 
+# %% ../nbs/13_ensemble.ipynb #0e147782
 @dataclass(frozen=True)
 class Probs:
     "Probabilities: rows sum to 1"
@@ -79,6 +82,7 @@ def _rows(n, C, step=2**20):
     k = max(1, step//C)
     return [slice(i, min(i+k, n)) for i in range(0, n, k)]
 
+# %% ../nbs/13_ensemble.ipynb #b7260400
 def temper(
     log_probs, # (..., n, C)
     temperature:float=1., # above 1: less sure
@@ -86,6 +90,7 @@ def temper(
     "Divide by `temperature` and normalise"
     return log_softmax(log_probs if temperature == 1 else log_probs/np.float32(temperature))
 
+# %% ../nbs/13_ensemble.ipynb #7c30844a
 def fit_temperature(
     log_probs, # (n, C)
     targets, # (n,) class indices
@@ -115,6 +120,7 @@ def _root(H):
         values, V = np.linalg.eigh((H+H.T)/2)
         return np.linalg.cholesky((V*np.maximum(values, max(1e-12, 1e-8*abs(values).max())))@V.T)
 
+# %% ../nbs/13_ensemble.ipynb #b5a688ba
 def _newton(fun, x, tol=1e-10, steps=100):
     "Minimise a convex function over x >= 0; `fun(x, True)` gives value, gradient and Hessian, `fun(x, False)` the value"
     f, g, H = fun(x, True)
@@ -129,6 +135,7 @@ def _newton(fun, x, tol=1e-10, steps=100):
         f, g, H = fun(x, True)
     return x
 
+# %% ../nbs/13_ensemble.ipynb #c0f6b589
 def optimise_weights(
     probs, # (M, n) probabilities of the true class, or (M, n, C) with `targets`
     targets=None, # (n,) class indices, for the second form
@@ -150,6 +157,7 @@ def optimise_weights(
     w[w < 1e-9] = 0
     return w/w.sum()
 
+# %% ../nbs/13_ensemble.ipynb #31dd633d
 def weights_gap(
     probs, # (M, n) probabilities of the true class
     weights, # (M,)
@@ -328,9 +336,9 @@ METHODS = dict(
     single='one model', given='weights as given', equal='soft vote, equal weights', hard='hard vote', rank='rank average', greedy='greedy selection',
     linear='optimised weights (and their temperature), linear pool', log='optimised weights and temperatures, logarithmic pool',
     stack='regularised multinomial regression', offsets='equal weights, offset per class (macro-F1)')
-
 DEFAULT_METHODS = tuple(k for k in METHODS if k != 'stack') # stacking is opt-in: slow, and rarely worth it
 
+# %% ../nbs/13_ensemble.ipynb #ca6a0cae
 def fit_blend(
     method:str, # key of METHODS
     log_probs, # (M, n, C) float32
@@ -356,6 +364,7 @@ def fit_blend(
     if T is not None: blend = replace(blend, temperature=fit_temperature(blend.pool(log_probs), targets))
     return replace(blend, bias=search_offsets(blend(log_probs), targets)) if method == 'offsets' else blend
 
+# %% ../nbs/13_ensemble.ipynb #25720484
 def _refined(log_probs, targets, starts, T):
     "Linear pool refined from the better of several weights"
     tries = []
@@ -368,8 +377,10 @@ def _refined(log_probs, targets, starts, T):
     w, t = refine_weights(_probs(log_probs, T), targets, w, t)
     return Blend('linear', w, T, t)
 
+# %% ../nbs/13_ensemble.ipynb #d6f6da83
 def _probs(log_probs, T): return np.stack([np.exp(temper(x, 1. if T is None else T[m])) for m,x in enumerate(log_probs)])
 
+# %% ../nbs/13_ensemble.ipynb #0e89e72b
 def _true(x, targets, T):
     "Probabilities of the true class (n,) of one model, piece by piece"
     return np.concatenate([np.exp(temper(x[r], T)[np.arange(len(x[r])), targets[r]]) for r in _rows(*x.shape)])
@@ -426,17 +437,20 @@ class Models:
         "Only these models (indices)"
         return replace(self, names=[self.names[i] for i in which], runs=[self.runs[i] for i in which], weights=self.weights[which], cache={})
 
+# %% ../nbs/13_ensemble.ipynb #00af45e7
 def _file(run, part):
     "The file of a run that holds `part`, or None"
     names = dict(oof=('oof_tta.npz', 'oof.npz'), test=('test.npz',))[part]
     return next((run/n for n in names if (run/n).exists()), None)
 
+# %% ../nbs/13_ensemble.ipynb #7b097433
 def _positions(ids, among):
     "Row of each id in `among`, and whether it is there"
     order = np.argsort(among)
     at = np.searchsorted(among, ids, sorter=order).clip(max=len(among)-1)
     return order[at], among[order[at]] == ids
 
+# %% ../nbs/13_ensemble.ipynb #cecf82f9
 def _read(path, classes, views=None):
     "Ids and logits of a checked file; columns in the order of `classes`, `views` chosen by name"
     a = load_npz(path, ('ids', 'classes', 'views', 'logits'))
@@ -459,6 +473,7 @@ def _members(found, members):
     raise_problems('members cannot be used', problems, ConfigError)
     return res
 
+# %% ../nbs/13_ensemble.ipynb #a1ea26dc
 def _listed(items, n=3):
     items = sorted(items)
     return ', '.join(map(str, items[:n])) + (f' and {len(items)-n} more' if len(items) > n else '')
@@ -670,6 +685,7 @@ def lined_up(heads, oof, table, common, merge, notes)->Models:
     return Models(names, runs, weights, classes, ids, targets, np.array([fold[i] for i in ids]),
                   groups, shared_views(oof, notes), np.array(tests[0]) if tests else None, merge, notes)
 
+# %% ../nbs/13_ensemble.ipynb #ec34be80
 def _weight(runs):
     "The weight that a model's configuration gives it, else 1"
     return next((float(w) for r in runs if (w := r.config.get('weight')) is not None), 1.)
@@ -715,6 +731,7 @@ def outer_parts(
     k = min(5, g.max()+1)
     return (np.random.default_rng(seed).permutation(g.max()+1) % k)[g]
 
+# %% ../nbs/13_ensemble.ipynb #a475086e
 def candidates(
     models:Models,
     methods, # keys of METHODS
@@ -733,6 +750,7 @@ def candidates(
         if k != 'single' and M > 1 or k == 'offsets': add(k, k, models.weights if weights is None else weights)
     return res
 
+# %% ../nbs/13_ensemble.ipynb #3af6f1f7
 def cross_fit(
     models:Models,
     fits:dict, # from `candidates`
@@ -754,6 +772,7 @@ def cross_fit(
             blend = fit(fit_on, t, T)
             yield rows, name, blend, chosen, blend(use_on)
 
+# %% ../nbs/13_ensemble.ipynb #3d3d53cd
 @dataclass
 class Scored:
     "What a score needs of predictions: each photo's loss and most probable class"
@@ -769,6 +788,7 @@ class Scored:
         if metric == 'log_loss': return paired_bootstrap(self.losses, other.losses, groups, n, seed) if other else bootstrap_interval(self.losses, groups, n, seed)
         return bootstrap_metric(get_metric(metric).fn, self.labels, targets, other.labels if other else None, groups, min(n, 500), seed)
 
+# %% ../nbs/13_ensemble.ipynb #a1800567
 def score_candidates(
     models:Models,
     fits:dict, # from `candidates`
@@ -782,6 +802,7 @@ def score_candidates(
         blends[name].append((rows, blend, views))
     return scored, blends
 
+# %% ../nbs/13_ensemble.ipynb #04b2f398
 def nested_log_probs(models, blends): # (n, C)
     "Predictions of every photo by the blend that was fitted without it"
     out = np.zeros((len(models.ids), len(models.classes)), 'f4')
@@ -835,6 +856,7 @@ def combinations_table(
     notes[best] = ('best', *notes[best])
     return table.assign(note=['; '.join(notes[n]) for n in table.combination])
 
+# %% ../nbs/13_ensemble.ipynb #4d3edbe5
 def chosen_row(table): return table[table.note.str.split('; ').str[0] == 'best'].iloc[0]
 
 # %% ../nbs/13_ensemble.ipynb #e13a0013
@@ -967,6 +989,7 @@ def check_ensemble(
         if str(m).startswith('top:') and not (m[4:].isdigit() and int(m[4:])): p.append(f'members: {m!r}; expected top: and a number, such as top:8')
     return p
 
+# %% ../nbs/13_ensemble.ipynb #2fe5dd36
 def given_weights(
     models:Models,
     weights=None, # None (the configurations'), a list in the order of the models, or a dict model or arch -> weight
@@ -990,6 +1013,7 @@ def _views(models, views):
     if lost: raise ConfigError(f'views: {", ".join(lost)} not predicted by every model{did_you_mean(lost[0], models.views)}; there is {", ".join(models.views)}')
     return names
 
+# %% ../nbs/13_ensemble.ipynb #d6ed74d9
 def views_hint(
     models:Models,
     metric:str, # scored metric
@@ -1147,10 +1171,13 @@ def _probabilities(a):
     if a.dtype.kind != 'f' or not np.isfinite(a).all(): return False
     return a.size == 0 or bool(a.min() >= -1e-6 and a.max() <= 1+1e-3)
 
+# %% ../nbs/13_ensemble.ipynb #025a2360
 def _texts(a): return a.dtype.kind == 'U' and len(set(a.tolist())) == len(a)
 
+# %% ../nbs/13_ensemble.ipynb #912f5634
 def _indices(a, n, C): return a.shape == (n,) and a.dtype.kind in 'iu' and (n == 0 or 0 <= a.min() and a.max() < C)
 
+# %% ../nbs/13_ensemble.ipynb #89c3589c
 def result_problems(
     arrays:dict, # of `oof.npz` or `probs.npz`
     targets:bool, # whether there are some
@@ -1167,8 +1194,11 @@ def result_problems(
 
 # %% ../nbs/13_ensemble.ipynb #e13a0067
 def _number(v): return isinstance(v, (int, float)) and bool(np.isfinite(v))
+
+# %% ../nbs/13_ensemble.ipynb #f5d51893
 def _member(m): return isinstance(m, dict) and isinstance(m.get('name'), str) and _number(m.get('weight'))
 
+# %% ../nbs/13_ensemble.ipynb #73faf524
 NEEDED = dict(members=list, combination=str, metric=str, views=list, scores=dict, key=str, inputs=dict, classes=int, n_test=int)
 
 def summary_problems(
@@ -1299,6 +1329,7 @@ def plot_scores(
     ax.title.set_size(9)
     return ax
 
+# %% ../nbs/13_ensemble.ipynb #0f8fb061
 def plot_weights(
     res, # from `make_ensemble`
 ):
@@ -1309,6 +1340,7 @@ def plot_weights(
     ax.set(xlabel=f'weight in {res.chosen}')
     return ax
 
+# %% ../nbs/13_ensemble.ipynb #8a39672c
 def plot_reliability(
     res, # from `make_ensemble`
     n_bins:int=10, # confidence bins

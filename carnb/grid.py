@@ -6,17 +6,17 @@
 __all__ = ['check_grid', 'grid_cells', 'disk_of', 'free_space', 'plan_grid', 'run_cell', 'run_grid']
 
 # %% ../nbs/11_grid.ipynb #d2db3a7c
-from .core import * # before torch: see OMP_WAIT_POLICY there
+from .core import ConfigError, did_you_mean, pick_device, raise_problems, runs_dir, stage_params, write_csv  # before torch: see OMP_WAIT_POLICY there
 from .run import Run
 from .identity import compare_data
 import contextlib, itertools, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd
 from fastcore.basics import AttrDict
-from .data import *
-from .memory import *
-from .tasks import *
-from .train import *
+from .memory.study import how_safe
+from .memory.peak import Peak
+from .tasks import get_task, read_data
+from .train import check_experiment, planned_step, resolve, train_config
 
 # %% ../nbs/11_grid.ipynb #8813c223
 def check_grid(
@@ -35,6 +35,7 @@ def check_grid(
     if cfg.engine != 'local': p.append(f'engine: {cfg.engine!r}; expected local')
     return p
 
+# %% ../nbs/11_grid.ipynb #6e551f6d
 def grid_cells(
     cfg, # checked parameters
 )->list[dict]: # parameters of `10_train`, one dict per cell
@@ -44,6 +45,7 @@ def grid_cells(
     return [{**common, 'arch': a, 'seed': int(s), 'fold': f if f == 'all' else int(f), **dict(zip(keys, vs))}
             for a in cfg.archs for vs in itertools.product(*cfg.over.values()) for s in cfg.seeds for f in cfg.folds]
 
+# %% ../nbs/11_grid.ipynb #d0dd9820
 def disk_of(
     cfg, # resolved configuration
     peak:Peak, # of its step
@@ -56,6 +58,7 @@ def disk_of(
     kept = {'none': 0, 'best': 1, 'all': 4}[cfg.keep_checkpoints]*checkpoint + weights + logits
     return kept, 5*checkpoint + weights + logits # three last ones, the best, and the one being written
 
+# %% ../nbs/11_grid.ipynb #2f7c95a2
 def free_space(
     path, # of a folder that may not be there yet
 )->int: # bytes
@@ -63,6 +66,7 @@ def free_space(
     path = Path(path).absolute()
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
 
+# %% ../nbs/11_grid.ipynb #b7b8e073
 def plan_grid(
     cells:list[dict], # from `grid_cells`
     free:int|None=None, # bytes on the disk of the runs; None: looked up
@@ -108,6 +112,7 @@ def _die_with_parent():
     import ctypes
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
+# %% ../nbs/11_grid.ipynb #4c2abae0
 def run_cell(
     cell:dict, # parameters of `10_train`
 )->int: # exit code
@@ -122,6 +127,7 @@ def run_cell(
         with contextlib.suppress(subprocess.TimeoutExpired): p.wait(60)
         raise
 
+# %% ../nbs/11_grid.ipynb #2be1c8e4
 def run_grid(
     cells:list[dict], # from `grid_cells`
     plan:pd.DataFrame, # from `plan_grid`

@@ -46,6 +46,7 @@ def data_record(
     return AttrDict(ids=text(t.id), labels=text(t.label), targets=text(t.target), groups=text(t.group), folds=t.fold.to_numpy('i8'), photos=text([photos[p] for p in t.path]),
                     classes=text(comp.classes), merged=text(list(used)), merged_into=text(list(used.values())))
 
+# %% ../nbs/01b_identity.ipynb #0e5cab05
 def fingerprint(
     record:dict, # from `data_record`, or `data.npz`
 )->str: # 12 hexadecimal digits
@@ -61,8 +62,10 @@ def _some(items, n=5):
     items = list(items)
     return ', '.join(map(str, items[:n])) + (f' and {len(items)-n} more' if len(items) > n else '')
 
+# %% ../nbs/01b_identity.ipynb #ddd7a103
 def _count(n, what): return f'{n} {what}{"" if n == 1 else "s"}'
 
+# %% ../nbs/01b_identity.ipynb #dfee18a6
 _ROWS = dict( # field of a record -> (what it is, how a difference is told)
     targets=('target', lambda i, was, now: f'{i} ({was} -> {now})'),
     labels=('label', lambda i, was, now: f'{i} ({was} -> {now})'),
@@ -70,6 +73,7 @@ _ROWS = dict( # field of a record -> (what it is, how a difference is told)
     folds=('fold', lambda i, was, now: f'{i} ({was} -> {now})'),
 )
 
+# %% ../nbs/01b_identity.ipynb #dd01ec08
 def data_changes(
     then:dict, # record of a run; rows and fields may be missing
     now:dict, # record of the data as it is
@@ -108,6 +112,7 @@ def run_record(
     z = read_file(run, 'oof.npz')
     return dict(ids=z.ids, targets=z.classes[z.targets], folds=np.full(len(z.ids), c.fold), classes=z.classes, partial=True)
 
+# %% ../nbs/01b_identity.ipynb #10a2c0a5
 def run_changes(
     run:Run,
     now:dict, # from `data_record`
@@ -121,6 +126,7 @@ def run_changes(
     if then and not alike: then = {k: then[k] for k in ('ids', 'photos', 'folds', 'partial') if k in then} | dict(classes=now['classes'])
     return data_changes(then, now) if then else []
 
+# %% ../nbs/01b_identity.ipynb #2a3727c3
 def reading(
     cfg:dict, # a configuration
 )->tuple: # equal: the same tables come out of the same folder
@@ -141,12 +147,14 @@ def with_folds(
         items.loc[train, 'fold'] = items.id[train].map(dict(zip(table.id.tolist(), table.fold.tolist()))).fillna(-1).astype(int)
     return Competition(comp.data_dir, items, comp.classes, comp.template, comp.column_class, comp.notes)
 
+# %% ../nbs/01b_identity.ipynb #9f40d8ca
 def _without_truncated(comp, checked):
     "Training leaves out photos whose end is missing"
     found = findings_table(checked)
     cut = comp.items.path.isin(found.path[found.finding == 'truncated']) & (comp.items.split == 'train')
     return Competition(comp.data_dir, comp.items[~cut].reset_index(drop=True), comp.classes, comp.template, comp.column_class, comp.notes)
 
+# %% ../nbs/01b_identity.ipynb #0f5d1415
 def compare_data(
     runs, # one `Run`, or several of one experiment
     comp:Competition, # the data as it is now
@@ -167,6 +175,7 @@ def compare_data(
                    [f'{change} (since {rs[0]}{f" and {len(rs)-1} more" if len(rs) > 1 else ""})' for change,rs in said.items()], DataError)
     if predictions: raise_problems(f'the test photos in {comp.data_dir} are not what {e} has predicted; carnb predict -p experiment {e} predicts them again', [f'{r.name}: {p}' for r in runs for p in test_changes(r, comp, photos)], DataError)
 
+# %% ../nbs/01b_identity.ipynb #8e0b74f7
 def test_changes(
     run:Run,
     comp:Competition, # the data as it is now
@@ -185,10 +194,12 @@ def trained_runs(
     "Runs that have learned something"
     return [r for r in find_runs(experiment, done=False, notes=[]) if (r.done or any((r/'checkpoints').glob('*.ckpt'))) and _readable(r)]
 
+# %% ../nbs/01b_identity.ipynb #90a2f62b
 def _readable(run):
     try: return bool(run.config)
     except DamagedFile: return False
 
+# %% ../nbs/01b_identity.ipynb #d28cb2ba
 def restore_folds(
     experiment:str, # name below `runs/`
 )->bool: # was it written?

@@ -7,7 +7,7 @@ __all__ = ['PATIENCE', 'OURS', 'NO_MEMORY', 'signals_of', 'Requests', 'Stopped',
            'end_kernel', 'saves', 'Supervisor', 'run_notebook', 'Shown', 'say', 'failure', 'run_stage']
 
 # %% ../nbs/16c_launch.ipynb #la02
-from .core import *
+from .core import CarnbError, ConfigError, DataError, stage_notebook
 import contextlib, os, re, signal, sys, threading, time
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class Requests:
 # %% ../nbs/16c_launch.ipynb #la11
 class Stopped(Exception): "Somebody asked to stop before a cell began"
 
+# %% ../nbs/16c_launch.ipynb #46de4627
 class NotebookRun(threading.Thread):
     "A stage's notebook, executed by papermill in a thread"
     def __init__(self,
@@ -77,6 +78,7 @@ def kernels()->list: # of psutil processes
             if 'ipykernel' in ' '.join(p.cmdline()): found.append(p)
     return found
 
+# %% ../nbs/16c_launch.ipynb #37670bd7
 def started_since(
     when:float, # seconds of the clock
 )->list: # of psutil processes
@@ -88,6 +90,7 @@ def started_since(
             if p.create_time() >= when - .1: found.append(p)
     return found
 
+# %% ../nbs/16c_launch.ipynb #47483d4f
 def end_kernel(
     kernel, # a psutil process
 ):
@@ -96,6 +99,7 @@ def end_kernel(
         if hasattr(os, 'killpg') and os.getpgid(kernel.pid) == kernel.pid: os.killpg(kernel.pid, signal.SIGKILL)
         else: kernel.kill()
 
+# %% ../nbs/16c_launch.ipynb #09093872
 def saves(
     kernel, # a psutil process
 )->bool:
@@ -138,6 +142,7 @@ class Supervisor:
         self.over = True
         for p in {kernel} - {None} | set(started_since(self.began)): end_kernel(p)
 
+# %% ../nbs/16c_launch.ipynb #4a57863c
 def run_notebook(
     job:NotebookRun, # not yet started
     asks:Requests, # filled by signals
@@ -171,6 +176,7 @@ class Shown:
         if self.line.strip() and not self.bar: self.stream.write(self.line+'\n')
         self.line = ''
 
+# %% ../nbs/16c_launch.ipynb #e7e3dead
 def say(
     text:str, # a message
     shown=(), # `Shown` streams whose lines may be open
@@ -182,6 +188,7 @@ def say(
 
 # %% ../nbs/16c_launch.ipynb #la21
 OURS = {c.__name__ for c in (CarnbError, ConfigError, DataError)}
+
 NO_MEMORY = 'the kernel died, most likely for lack of memory: try a smaller batch_size, then a smaller img_size, then a smaller model'
 
 def failure(
@@ -194,6 +201,7 @@ def failure(
     trace = re.sub(r'\x1b\[[0-9;]*m', '', '\n'.join(error.traceback)).strip().splitlines()
     return '\n'.join([f'{name}: {error.evalue}', 'where:', *trace[-12:]])
 
+# %% ../nbs/16c_launch.ipynb #a1d56935
 def run_stage(
     stage:str, # `train`, `predict`, ...
     params:dict, # checked parameters

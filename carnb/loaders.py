@@ -10,7 +10,7 @@ __all__ = ['FITS', 'RESIZES', 'DATA_PRESETS', 'PREPROCESS', 'IMAGENET_STATS', 'c
            'median_aspect', 'MAX_SIDE']
 
 # %% ../nbs/03_loaders.ipynb #bae413f9
-from .core import * # before torch: see OMP_WAIT_POLICY there
+from .core import ConfigError, DataError, did_you_mean, item_rng, plain_text, raise_problems, resolve_path  # before torch: see OMP_WAIT_POLICY there
 import contextlib, functools, hashlib, importlib, io, math, os, pickle, random, re, signal, struct, time, warnings, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from fastai.data.transforms import Category, Normalize
 from fastai.torch_core import TensorCategory, TensorImage, to_device
 from fastai.torch_core import show_title
 from fastcore.basics import AttrDict
-from .data import *
+from .data import read_image
 
 # %% ../nbs/03_loaders.ipynb #c4n5a501
 from .canvas import MAX_SIDE, canvas, median_aspect
@@ -40,6 +40,7 @@ def compose(
         try: return A.Compose([t() for t in tfms])
         except UserWarning as e: raise ConfigError(f'augmentation: {e}') from None
 
+# %% ../nbs/03_loaders.ipynb #7f6533f4
 RESIZES = ('area', 'fast')
 
 def _resize(h, w, fit, fill):
@@ -48,6 +49,7 @@ def _resize(h, w, fit, fill):
     if fit == 'pad': return [lambda: A.LongestMaxSize(max_size_hw=(h, w), **area), lambda: A.PadIfNeeded(h, w, border_mode=cv2.BORDER_CONSTANT, fill=fill)]
     return [lambda: A.SmallestMaxSize(max_size_hw=(h, w), **area), lambda: A.CenterCrop(h, w)]
 
+# %% ../nbs/03_loaders.ipynb #9c73887e
 def valid_transform(
     size, # (h, w)
     fit:str='stretch', # stretch, pad or crop
@@ -56,6 +58,7 @@ def valid_transform(
     "The whole photo on the canvas"
     return compose(*_resize(*size, fit, fill))
 
+# %% ../nbs/03_loaders.ipynb #51fc53d4
 def train_transform(
     size, # (h, w)
     fit:str='stretch', # what a photo of another shape would go through at validation
@@ -93,6 +96,7 @@ def train_transform(
     if erase: tfms.append(lambda: A.Erasing(scale=(.02, .2), ratio=(.3, 3.3), fill=fill, p=erase))
     return compose(*tfms)
 
+# %% ../nbs/03_loaders.ipynb #a765ec80
 def _shrink(part, h, w, resize):
     "Resize a crop: area; or means of whole blocks, then bilinear below a factor of two"
     ph,pw = part.shape[:2]
@@ -101,6 +105,7 @@ def _shrink(part, h, w, resize):
     if fy*fx > 1: part = cv2.resize(part[:ph//fy*fy, :pw//fx*fx], (pw//fx, ph//fy), interpolation=cv2.INTER_AREA)
     return cv2.resize(part, (w, h), interpolation=cv2.INTER_LINEAR)
 
+# %% ../nbs/03_loaders.ipynb #873e46dc
 class _CropOwnShape(A.DualTransform):
     "A random crop of the photo's own shape (up to `stretch`), resized to the canvas"
     def __init__(self, height, width, min_scale=.5, stretch=1.2, resize='area', p=1.):
@@ -117,6 +122,7 @@ class _CropOwnShape(A.DualTransform):
         y0,x0,y1,x1 = box
         return _shrink(img[y0:y1, x0:x1], self.height, self.width, self.resize)
 
+# %% ../nbs/03_loaders.ipynb #91675b9c
 class _CropResize(A.DualTransform):
     "Inception's random resized crop (Szegedy et al. 2015) with the fast resize"
     def __init__(self, height, width, scale=(.5, 1.), ratio=(.75, 4/3), p=1.):
@@ -133,6 +139,7 @@ class _CropResize(A.DualTransform):
         return dict(box=(y := (H-h)//2, x := (W-w)//2, y+h, x+w))
     apply = lambda self, img, box, **params: _shrink(img[box[0]:box[2], box[1]:box[3]], self.height, self.width, 'fast')
 
+# %% ../nbs/03_loaders.ipynb #5fc22971
 def augment(
     tfm:A.Compose, # pipeline
     image:np.ndarray, # uint8 (h, w, 3)
@@ -161,6 +168,7 @@ class DataPreset:
         size = size or self.size()
         return train_transform(size, self.fit, **self.augmentation), valid_transform(size, self.fit, self.augmentation.get('fill', 128))
 
+# %% ../nbs/03_loaders.ipynb #a80a34c2
 DATA_PRESETS = dict(
     cars=DataPreset(160, 'stretch', dict(min_scale=.5, stretch=1.35, color=0., hue=0.), 'auto', 'the whole car, wide'),
     baseline_aug=DataPreset(768, 'pad', dict(min_scale=.7, flip=0., rotate=5., color=.2, hue=0., noise=.2, blur=.1), 1., 'documents: the page keeps its shape, text is not mirrored'),
@@ -168,6 +176,7 @@ DATA_PRESETS = dict(
     masks=DataPreset(224, 'crop', dict(min_scale=.6, stretch=1.15, color=.2, rotate=8.), .8, 'faces: the middle of the photo'),
 )
 
+# %% ../nbs/03_loaders.ipynb #b2d7ee05
 def find_data_preset(
     name:str, # key of DATA_PRESETS
 )->DataPreset:
@@ -184,6 +193,7 @@ class GreyWorld:
         lut = np.clip(np.arange(256)[:,None]*(means.mean()/means) + .5, 0, 255).astype('u1')
         return cv2.LUT(im, lut[None])
 
+# %% ../nbs/03_loaders.ipynb #1d57ff95
 class remove_background:
     "The photo with its background in one colour, cut out by `rembg`"
     def __init__(self,
@@ -199,6 +209,7 @@ class remove_background:
         return (im*mask + self.fill*(1-mask) + .5).astype('u1')
     def __getstate__(self): return {**self.__dict__, '_open': None} # each process opens its own
 
+# %% ../nbs/03_loaders.ipynb #6a6d7d3a
 PREPROCESS = dict(grey_world=GreyWorld, remove_background=remove_background)
 
 def find_preprocess(
@@ -214,6 +225,7 @@ def find_preprocess(
     else: raise ConfigError(f'preprocess: {name!r} is unknown{did_you_mean(name, PREPROCESS)}; there is {", ".join(PREPROCESS)}, or module:function')
     return check_preprocess(fn() if isinstance(fn, type) else fn)
 
+# %% ../nbs/03_loaders.ipynb #8078301d
 def check_preprocess(
     fn, # a hook, see above
 ):
@@ -228,6 +240,7 @@ def check_preprocess(
 
 # %% ../nbs/03_loaders.ipynb #c88f1977
 _FOOT,_N_FOOT = '<8sQqI',28 # after the array: mark, size and time of change of the photo, checksum of a sample
+
 _MARK = b'carnb-1\n'
 
 @functools.lru_cache(256)
@@ -235,8 +248,10 @@ def _npy_shape(head)->tuple:
     "Shape from the header of an .npy file"
     return tuple(map(int, re.search(rb"'shape': \((\d+), (\d+), (\d+)\)", head).groups()))
 
+# %% ../nbs/03_loaders.ipynb #5d1fc6d8
 def _sample(raw): return zlib.crc32(raw[::1021].tobytes()) # four bytes of every block of 4096
 
+# %% ../nbs/03_loaders.ipynb #0d3b68ef
 class PhotoCache:
     "Decoded photos as files, below a bound, shared by any number of processes"
     def __init__(self,
@@ -306,6 +321,7 @@ class Label(Category):
     "A class that a picture shows as it is called"
     def show(self, ctx=None, **kwargs): return show_title(str(self) if ctx is None else plain_text(self), ctx=ctx, **{**self._show_args, **kwargs})
 
+# %% ../nbs/03_loaders.ipynb #921f2ff8
 class PhotoDataset(torch.utils.data.Dataset):
     "Items table -> (uint8 image (h, w, 3), class index); as much of fastai's `Datasets` as a `Learner` asks for"
     n_inp = 1
@@ -383,13 +399,16 @@ class _Fetch(torch.utils.data.Dataset):
             ys.append(y)
         return x if slot is None else slot, torch.from_numpy(np.array(ys, dtype='i8'))
 
+# %% ../nbs/03_loaders.ipynb #e55b14aa
 def _empty(shape):
     "uint8 tensor; in a worker it lies in shared memory, which saves a copy"
     if torch.utils.data.get_worker_info() is None: return torch.empty(shape, dtype=torch.uint8)
     return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
 
+# %% ../nbs/03_loaders.ipynb #20ce4e5a
 def _as_is(batch): return batch
 
+# %% ../nbs/03_loaders.ipynb #ffeb1c97
 class _Batches:
     "Sampler that reads the loader's current plan each time it is started"
     def __init__(self, dl): self.dl = dl
@@ -398,12 +417,14 @@ class _Batches:
         return iter([k % n, *b] if n else b for k,b in enumerate(self.dl.plan))
     def __len__(self): return len(self.dl.plan)
 
+# %% ../nbs/03_loaders.ipynb #e1ca2d0e
 def _init_worker(_):
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN) # the main process decides what an interruption means
     for s in ('SIGTERM', 'SIGUSR1'):
         if hasattr(signal, s): signal.signal(getattr(signal, s), signal.SIG_DFL)
 
+# %% ../nbs/03_loaders.ipynb #3407c58d
 class PhotoDL(TfmdDL):
     "A `TfmdDL` whose batches depend on (seed, epoch) only"
     def __init__(self, dataset, bs:int=32, shuffle:bool=False, num_workers:int=0, drop_last:bool=False, weights=None, seed:int=42, epoch:int=0, persistent_workers:bool=True, **kwargs):
@@ -455,6 +476,7 @@ class PhotoDL(TfmdDL):
         self._loader,self._slots = None,[]
     def __getstate__(self): return {**self.__dict__, '_loader': None, 'plan': None, '_slots': []}
 
+# %% ../nbs/03_loaders.ipynb #099a9216
 class NormalizeBytes(Normalize):
     "uint8 batch -> normalised float32: the bits of `IntToFloatTensor` and fastai's `Normalize`, in memory order and in one piece of memory"
     def encodes(self, x:TensorImage):
@@ -466,6 +488,7 @@ class NormalizeBytes(Normalize):
         return out.view(n, h, w, c).permute(0, 3, 1, 2).as_subclass(type(x))
     def decodes(self, x:TensorImage): return ((x*self.std.to(x.device) + self.mean.to(x.device)).clamp(0., 1.)*255).long()
 
+# %% ../nbs/03_loaders.ipynb #569742d7
 class PhotoLoaders(DataLoaders):
     "fastai `DataLoaders` over photos"
     def test_dl(self, test_items, with_labels=False, **kwargs):
@@ -488,6 +511,7 @@ def balanced_weights(
     w = (counts[at]/1.)**-power
     return w/w.mean()
 
+# %% ../nbs/03_loaders.ipynb #aa5812c4
 def loader_settings(
     device, # torch device
     num_workers:int|None=None, # None: by device
@@ -498,6 +522,7 @@ def loader_settings(
     n = auto if num_workers is None else num_workers
     return AttrDict(num_workers=n, pin_memory=kind == 'cuda', persistent_workers=n > 0)
 
+# %% ../nbs/03_loaders.ipynb #f60c4e6f
 def decode_size(
     size, # (h, w) of the canvas
     min_scale:float=.5, # smallest part of the photo's area that a crop keeps
@@ -505,6 +530,7 @@ def decode_size(
     "What decoding must keep so that no crop is enlarged; prediction uses the same, so its first view is what validation saw"
     return tuple(int(np.ceil(s/np.sqrt(min_scale))) for s in size)
 
+# %% ../nbs/03_loaders.ipynb #1dd9f3ef
 def make_dls(
     train:pd.DataFrame, # items to learn from
     valid:pd.DataFrame, # items to validate on
@@ -569,6 +595,7 @@ def mix_batch(
         mixed = torch.lerp(plain[order], plain, lam[:,None,None,None].to(x.dtype))
     return mixed.as_subclass(type(x)), lam[:,None]*hot + (1-lam[:,None])*hot[order]
 
+# %% ../nbs/03_loaders.ipynb #42102186
 class MixUpCutMix(Callback):
     "Mixes training batches of a `PhotoDL`; the loss gets soft targets (n, C)"
     order,run_valid = 15,False

@@ -25,6 +25,7 @@ _ranges = dict(
     scale=('scale > 0', lambda x: x > 0),
     beta=('0 <= beta <= 1', lambda x: 0 <= x <= 1))
 
+# %% ../nbs/04_losses.ipynb #d7542631
 def _problems(**settings):
     "What is wrong with `settings`, a list of sentences"
     out = []
@@ -34,6 +35,7 @@ def _problems(**settings):
         if not number or not ok(v): out.append(f"{k}: {v!r}, expected a number with {what}")
     return out
 
+# %% ../nbs/04_losses.ipynb #ea2748eb
 def _check(**settings):
     if bad := _problems(**settings): raise ValueError('; '.join(bad))
 
@@ -98,6 +100,7 @@ class ClassificationLoss(nn.Module):
         s = {k: v for k,v in vars(self).items() if k in (*_ranges, 'reduction', 'n_classes') and v is not None}
         return ', '.join(f'{k}={v!r}' for k,v in s.items()) + ('' if self.weight is None else ', weight=...')
 
+# %% ../nbs/04_losses.ipynb #cee409f1
 def _plain(x):
     "A fastai tensor subclass as a plain tensor"
     if not isinstance(x, Tensor): raise ValueError(f"{type(x).__name__}, expected a torch tensor")
@@ -114,6 +117,7 @@ def _check_values(t, n_classes):
     if (t < 0).any(): raise ValueError(f"targets: smallest soft target {t.min():.4g}, expected no negative numbers")
     if ((t.sum(1) - 1).abs() > 1e-2).any(): raise ValueError(f"targets: soft targets sum to {t.sum(1).min():.4g}..{t.sum(1).max():.4g} per row, expected 1")
 
+# %% ../nbs/04_losses.ipynb #88a6eb49
 def _bad_rows(t, n_classes):
     "The same without reading a value: (n,) True where a target is not usable"
     if t.ndim == 1: return (t < 0) | (t >= n_classes)
@@ -140,10 +144,12 @@ def _prepare(self, logits, targets):
     else: q = t.to(logits.dtype)
     return logits, q.detach(), bad
 
+# %% ../nbs/04_losses.ipynb #9b71e7bb
 def _photo_weight(self, q):
     "Weight of each photo (n,)"
     return q.new_ones(len(q)) if self.weight is None else (q * self.weight_like(q)).sum(1)
 
+# %% ../nbs/04_losses.ipynb #1cf36784
 def _reduce(self, losses, q, bad):
     if bad is not None: losses = torch.where(bad, torch.full_like(losses, torch.nan), losses)
     if self.reduction == 'none': return losses
@@ -151,6 +157,7 @@ def _reduce(self, losses, q, bad):
     if self.reduction == 'mean': return losses.sum() / self._photo_weight(q).sum()
     raise ValueError(f"reduction: {self.reduction!r}, expected 'mean', 'sum' or 'none'")
 
+# %% ../nbs/04_losses.ipynb #882733f1
 ClassificationLoss._prepare,ClassificationLoss._photo_weight,ClassificationLoss._reduce = _prepare,_photo_weight,_reduce
 
 # %% ../nbs/04_losses.ipynb #8c28d5de
@@ -161,8 +168,10 @@ def smooth_targets(
     "Targets moved towards the uniform distribution"
     return q if label_smoothing == 0 else (1-label_smoothing)*q + label_smoothing/q.shape[1]
 
+# %% ../nbs/04_losses.ipynb #11d6a60d
 def _expectation(q, values): return torch.where(q > 0, q*values, torch.zeros_like(q)).sum(1)       # 0 · inf is 0 here
 
+# %% ../nbs/04_losses.ipynb #dbff495f
 class CrossEntropyLoss(ClassificationLoss):
     "Cross-entropy with class weights, for hard and soft targets"
     def __init__(self,
@@ -212,6 +221,7 @@ def _focal(logits, q, gamma):
     miss = (-torch.expm1(logp)).clamp_min(torch.finfo(logp.dtype).tiny)      # 1 - p, exact near p = 1
     return -_expectation(q, miss.pow(gamma) * logp)
 
+# %% ../nbs/04_losses.ipynb #b591d8c3
 class FocalLoss(ClassificationLoss):
     "Cross-entropy that turns away from what is already right"
     def __init__(self,
@@ -248,6 +258,7 @@ def _log_exp_t(x, t):
     s = t - 1
     return -x if s == 0 else -torch.log1p((s*x).clamp_min(-1))/s
 
+# %% ../nbs/04_losses.ipynb #d029684a
 def tempered_log_softmax(
     logits:Tensor, # (..., C)
     t:float, # temperature t2: > 1 heavy tails, 1 the usual softmax, < 1 finite support
@@ -266,6 +277,7 @@ def tempered_log_softmax(
         lam = lam + logz.exp()*torch.expm1(s*logz) / (s*(t*logp).exp().sum(-1, keepdim=True))
     return _log_exp_t(lam - z, t)
 
+# %% ../nbs/04_losses.ipynb #0623a419
 def tempered_softmax(
     logits:Tensor, # (..., C)
     t:float # temperature t2
@@ -278,12 +290,14 @@ def _log_t_exp(logx, t):
     "Tempered logarithm of exp(logx)"
     return logx if t == 1 else torch.expm1((1-t)*logx)/(1-t)
 
+# %% ../nbs/04_losses.ipynb #44c16916
 class _BiTempered(torch.autograd.Function):
     "Loss of each photo (n,), with the closed gradient"
     @staticmethod
     def forward(ctx, logits, q, t1, t2):
         logp,logq = tempered_log_softmax(logits, t2),q.log()
-        ctx.save_for_backward(logp, q); ctx.t1,ctx.t2 = t1,t2
+        ctx.save_for_backward(logp, q)
+        ctx.t1,ctx.t2 = t1,t2
         return (_expectation(q, _log_t_exp(logq, t1) - _log_t_exp(logp, t1))
                 - (((2-t1)*logq).exp() - ((2-t1)*logp).exp()).sum(1)/(2-t1))
     @staticmethod
@@ -359,6 +373,7 @@ def _soft_f1(logits, q, weight=None):
     share = w/w.sum() / torch.where(mass > 0, p.sum(0) + mass, torch.ones_like(mass))      # (C,)
     return 1 - 2*len(q)*(p*q*share).sum(1)
 
+# %% ../nbs/04_losses.ipynb #17ffe2a1
 class SoftMacroF1Loss(ClassificationLoss):
     "1 - mean per-class F1, computed on probabilities"
     of_batch = True
@@ -425,6 +440,7 @@ def loss_parameters(
     if name not in LOSSES: raise ValueError(f"loss: {name!r}, expected one of {sorted(LOSSES)}")
     return {k: p.default for k,p in inspect.signature(LOSSES[name]).parameters.items() if k in _ranges}
 
+# %% ../nbs/04_losses.ipynb #18c27d31
 def takes_soft_targets(
     name:str # key in `LOSSES`
 ) -> bool:
@@ -432,6 +448,7 @@ def takes_soft_targets(
     if name not in LOSSES: raise ValueError(f"loss: {name!r}, expected one of {sorted(LOSSES)}")
     return LOSSES[name].soft_targets_ok
 
+# %% ../nbs/04_losses.ipynb #58186c6f
 def head_problem(
     loss:str, # key in `LOSSES`
     head:str='linear' # classifier of the network: 'linear' or 'arcface'

@@ -64,6 +64,7 @@ def log_softmax(
     z = z - top
     return z - np.log(np.exp(z).sum(axis=axis, keepdims=True))
 
+# %% ../nbs/04a_metrics.ipynb #424112a0
 def softmax(
     logits, # array with the classes along `axis`
     axis:int=-1 # class axis
@@ -84,6 +85,7 @@ def log_losses(
     t = _check_targets(targets, *p.shape)
     with np.errstate(divide='ignore'): return -np.log(np.clip(p[np.arange(len(t)), t], eps, 1-eps))
 
+# %% ../nbs/04a_metrics.ipynb #3b1fe46b
 def log_loss(
     probs, # (n, C) probabilities
     targets, # (n,) class indices
@@ -102,6 +104,7 @@ def _labels(preds, targets):
     if np.isnan(p).any(): raise ValueError(f"preds: NaN in row {int(np.isnan(p).any(1).argmax())}, expected numbers")
     return p.argmax(1), _check_targets(targets, *p.shape), p.shape[1]
 
+# %% ../nbs/04a_metrics.ipynb #35035ece
 def accuracy(
     preds, # (n, C) scores or (n,) labels
     targets # (n,) class indices
@@ -148,6 +151,7 @@ def f1_per_class(
     den = m.sum(0) + m.sum(1)
     return np.divide(2*m.diagonal(), den, out=np.full(len(m), np.nan), where=den > 0)
 
+# %% ../nbs/04a_metrics.ipynb #aca03269
 def macro_f1(
     preds, # (n, C) scores or (n,) labels
     targets # (n,) class indices
@@ -182,6 +186,7 @@ def reliability(
     mean = lambda v: np.divide(np.bincount(b, v, n_bins), n, out=np.full(n_bins, np.nan), where=n > 0)
     return dict(low=edges[:-1], high=edges[1:], n=n, confidence=mean(conf), accuracy=mean(right.astype(float)))
 
+# %% ../nbs/04a_metrics.ipynb #ac3fc08d
 def expected_calibration_error(
     probs, # (n, C) probabilities
     targets, # (n,) class indices
@@ -198,6 +203,7 @@ class Interval(NamedTuple):
     low: float # lower end of the interval
     high: float # upper end of the interval
 
+# %% ../nbs/04a_metrics.ipynb #202ff7f6
 def _units(n, groups):
     "(unit index of each photo (n,), number of units): photos, or groups when given"
     if groups is None: return np.arange(n), n
@@ -207,6 +213,7 @@ def _units(n, groups):
     u, idx = np.unique(g.astype(str) if g.dtype == object else g, return_inverse=True)
     return idx.reshape(-1), len(u)
 
+# %% ../nbs/04a_metrics.ipynb #d0f4d3d4
 def _check_bootstrap(n, level):
     if n < 1: raise ValueError(f"n: {n}, expected at least 1 resample")
     if not 0 < level < 1: raise ValueError(f"level: {level}, expected between 0 and 1, for example 0.95")
@@ -266,7 +273,8 @@ def bootstrap_metric(
     if q is not None and q.shape != p.shape: raise ValueError(f"other: shape {q.shape}, expected {p.shape} as probs")
     _check_bootstrap(n, level)
     u, k = _units(len(t), groups)
-    order = np.argsort(u, kind='stable'); members = np.split(order, np.cumsum(np.bincount(u))[:-1])
+    order = np.argsort(u, kind='stable')
+    members = np.split(order, np.cumsum(np.bincount(u))[:-1])
     score = lambda i: fn(p[i], t[i]) - (0. if q is None else fn(q[i], t[i]))
     rng = np.random.default_rng(seed)
     draws = (rng.integers(0, k, k) for _ in range(n))
@@ -293,6 +301,7 @@ class Metric:
     @property
     def worst(self) -> float: return float('inf') if self.lower_is_better else float('-inf')
 
+# %% ../nbs/04a_metrics.ipynb #fb7a94d9
 METRICS = {m.name: m for m in (Metric('log_loss', log_loss, True), Metric('macro_f1', macro_f1, False), Metric('accuracy', accuracy, False))}
 
 def get_metric(

@@ -23,6 +23,7 @@ def _check_input(x, layout):
         raise ValueError(f"x: {getattr(x, 'dtype', type(x).__name__)} of shape {tuple(getattr(x, 'shape', ()))}, expected floating point {layout}, {want} dimensions")
     if 0 in [x.shape[d] for d in _dims[layout]]: raise ValueError(f"x: shape {tuple(x.shape)}, expected at least one location in {layout}")
 
+# %% ../nbs/05_pooling.ipynb #5781becd
 def gem(
     x:Tensor, # features in `layout`
     p=3., # exponent: a number, a tensor (1,), or (C,) for one p per channel
@@ -107,6 +108,7 @@ def _name(model):
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     return cfg.get('architecture') or type(model).__name__
 
+# %% ../nbs/05_pooling.ipynb #51334666
 def _seat(model):
     "Where the pooling sits: (owner, attribute, settings of the pooling), or a reason (str) why it cannot be replaced"
     if type(model).__name__ == 'NaFlexVit': return "its tokens come with a mask of what is padding"
@@ -132,6 +134,7 @@ _KEEP_FLOOR = set("""view _unsafe_view reshape flatten permute transpose t conti
     unbind index roll cat stack constant_pad_nd as_strided max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d mean amax dropout native_dropout
     upsample_nearest2d upsample_bilinear2d add mul""".split()) # of floored tensors make a floored one
 
+# %% ../nbs/05_pooling.ipynb #2e31d589
 class _Floors(TorchDispatchMode):
     "Marks tensors that an activation keeps above a small floor"
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -144,12 +147,14 @@ class _Floors(TorchDispatchMode):
             if isinstance(t, Tensor): t._floored = floored
         return out
 
+# %% ../nbs/05_pooling.ipynb #ccd605bc
 def _canvases(model, size):
     "Canvases to try: the given one, or those that the model was built for"
     if size is not None: return [tuple(size)]
     built = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
     return [tuple(s) for s in (built, (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3, 224, 224))[1:]) if s]
 
+# %% ../nbs/05_pooling.ipynb #96e14a36
 def signed_features(
     model:nn.Module, # a timm model; it stays as it is, and the meta device is enough
     size=None, # (h, w) of the canvas; None: what the model was built for
@@ -179,6 +184,7 @@ def pooling_choices(
     "The poolings that a model can take"
     return ('native',) if isinstance(_seat(model), str) else POOLINGS
 
+# %% ../nbs/05_pooling.ipynb #ae2d985a
 def replace_pooling(
     model:nn.Module, # a timm model with its classifier; changed in place
     pooling:str, # 'gem', 'gem_channel' (one p per channel), 'avg', 'max', 'avgmax', or 'native' for timm's own

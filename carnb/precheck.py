@@ -7,7 +7,7 @@ __all__ = ['CHOICES', 'RANGES', 'ABOVE_ZERO', 'FROM_RUNS', 'FILES', 'names_of', 
            'folder_problem', 'experiment_problem', 'file_problems', 'problems_of']
 
 # %% ../nbs/16b_precheck.ipynb #pr02
-from .core import *
+from .core import did_you_mean, name_problem, resolve_path, runs_dir, safe_name, stage_params
 import ast, functools, importlib.util, math, re
 from pathlib import Path
 
@@ -20,6 +20,7 @@ def _names_in(value):
     else: return None
     return found if all(isinstance(k, str) for k in found) else None
 
+# %% ../nbs/16b_precheck.ipynb #b412e20a
 @functools.cache
 def names_of(
     registry:str, # name of a dict or tuple in this package, such as LOSSES
@@ -51,6 +52,7 @@ def timm_names()->frozenset:
         found |= {n.split('.')[0] for n in re.findall(r"""^\s*["']([\w.]+)["']\s*:""", old, re.M)}
     return frozenset(found)
 
+# %% ../nbs/16b_precheck.ipynb #0b4cae5b
 def arch_problem(
     arch:str, # preset key or timm name
 )->str|None: # what is wrong
@@ -104,6 +106,7 @@ def folder_problem(
         return f'{key}: {path} is not there{did_you_mean(p.name, [o.name for o in p.parent.iterdir()] if p.parent.is_dir() else [])}'
     except OSError as e: return f'{key}: {path} cannot be read ({e.strerror or e})'
 
+# %% ../nbs/16b_precheck.ipynb #f04d7608
 def experiment_problem(
     experiment:str, # name below `runs/`
 )->str|None: # what is wrong
@@ -113,7 +116,9 @@ def experiment_problem(
     hint = did_you_mean(experiment, there) or (f'; there is {", ".join(there)}' if there else '')
     return f'experiment: no finished run in {runs_dir()/safe_name(experiment)}; train first (carnb train -p experiment {experiment} ...){hint}'
 
+# %% ../nbs/16b_precheck.ipynb #052c4d4b
 FROM_RUNS = ('predict', 'ensemble', 'submit', 'report') # stages that read what training left
+
 FILES = ('merges', 'folds_file', 'checkpoint')
 
 def file_problems(

@@ -8,22 +8,23 @@ __all__ = ['VIEWS', 'make_views', 'tta', 'inference_batch', 'registered_hooks', 
            'champion', 'tiny_predictions', 'view_scores']
 
 # %% ../nbs/12_predict.ipynb #b9bb7faa
-from .core import * # before torch: see OMP_WAIT_POLICY there
+from .core import atomic_path, CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, pick_device, project_root  # before torch: see OMP_WAIT_POLICY there
+from .core import raise_problems, resolve_path, runs_dir, safe_name, save_npz, write_text
 from .run import Run, file_digest, find_runs, read_file, read_record, set_aside, write_record
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import AttrDict
 from filelock import FileLock
 from tqdm import tqdm
-from .data import *
+from .data import assign_folds, Competition, read_file
 from .identity import compare_data, photo_hashes, restore_folds
-from .loaders import *
+from .loaders import decode_size, find_preprocess, loader_settings, NormalizeBytes, PhotoDataset, PhotoDL, valid_transform
 from .metrics import METRICS, softmax
-from .backbones import *
-from .tasks import *
+from .backbones import fixed_size, is_transformer, model_stats
+from .tasks import check_competition, open_experiment, Task
 from .callbacks import free_memory, is_out_of_memory, save_weights
 from .checkpoint import DamagedCheckpoint, get_checkpoint_info, read_checkpoint
-from .train import *
+from .train import bare_model, load_model, loss_of, tiny_experiment
 
 # %% ../nbs/12_predict.ipynb #cfa47289
 VIEWS = dict(
@@ -40,8 +41,10 @@ VIEWS = dict(
     small=lambda x: _resize(x, [max(32, round(s*7/8/32)*32) for s in x.shape[-2:]]),
 )
 
+# %% ../nbs/12_predict.ipynb #d89d1c6b
 def _resize(x, size): return x if tuple(x.shape[-2:]) == tuple(size) else torch.nn.functional.interpolate(x, size=tuple(size), mode='bilinear', antialias=True)
 
+# %% ../nbs/12_predict.ipynb #1543e872
 def _crop(x, down, right, share=7/8):
     "A part of every photo, enlarged to the canvas; `down` and `right` from 0 to 1 say which"
     h,w = x.shape[-2:]
@@ -49,6 +52,7 @@ def _crop(x, down, right, share=7/8):
     y,z = round((h-ch)*down), round((w-cw)*right)
     return _resize(x[..., y:y+ch, z:z+cw], (h, w))
 
+# %% ../nbs/12_predict.ipynb #0f5b70e9
 def make_views(
     x:torch.Tensor, # (n, 3, h, w)
     views, # names in VIEWS
@@ -117,6 +121,7 @@ def registered_hooks(
     if not isinstance(hooks, list): raise ConfigError(f'{file}: hooks: {hooks!r}; expected a list such as [module:function]')
     return [str(h) for h in hooks]
 
+# %% ../nbs/12_predict.ipynb #094247c6
 def known_hook(
     name:str|None, # of a run's configuration
     given:str|None=None, # what the user named in this command
@@ -215,6 +220,7 @@ def experiment_data(
     assign_folds(comp, checked, runs_dir()/safe_name(experiment)/'folds.csv', c.n_folds, c.split_seed)
     return record, comp, runs
 
+# %% ../nbs/12_predict.ipynb #b2871820
 def pick_views(
     task:Task, # the record
     tta_steps:int|None=None, # first so many
@@ -227,6 +233,7 @@ def pick_views(
     if tta_steps is not None and not 1 <= tta_steps <= len(task.tta_views): raise ConfigError(f'tta_steps: {tta_steps}; expected 1 to {len(task.tta_views)} ({", ".join(task.tta_views)})')
     return list(task.tta_views[:tta_steps])
 
+# %% ../nbs/12_predict.ipynb #612b2da0
 def predict_experiment(
     experiment:str, # name below `runs/`
     **kwargs # tta_steps, views, device, batch_size, num_workers, task, data_dir, preprocess
@@ -239,6 +246,7 @@ def predict_experiment(
     for r in runs: predict_run(r, comp, names, device, k.batch_size, k.num_workers, photos, k.preprocess)
     return runs
 
+# %% ../nbs/12_predict.ipynb #f9c5a871
 def champion(
     path, # a `.ckpt` below `checkpoints/` of a run, its `weights.safetensors`, or the run's folder
 )->Run: # a run of its own, in the experiment `<experiment>-champion`
@@ -270,6 +278,7 @@ def champion(
     write_record(target/'metrics.json', dict(epochs=row.get('epoch') or 0, seconds=row.get('epoch_time', 0.)) | kept | dict(metric=cfg.metric, score=row.get('score', row.get(f'val_{cfg.metric}')), best_epoch=row.get('best_epoch', row.get('epoch')) or 0, champion=str(path.relative_to(root.parent)) if path.is_relative_to(root.parent) else path.name))
     return target
 
+# %% ../nbs/12_predict.ipynb #4307cad1
 def tiny_predictions()->str: # name of the experiment
     "`tiny_experiment` with predictions, made once"
     name = tiny_experiment()

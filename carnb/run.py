@@ -23,6 +23,7 @@ def _sorted(o):
     if isinstance(o, dict): return sorted(([str(k), _sorted(v)] for k,v in o.items()), key=lambda p: p[0])
     return [_sorted(v) for v in o] if isinstance(o, (list, tuple)) else o
 
+# %% ../nbs/00b_run.ipynb #11416022
 def record_checksum(
     record:dict, # plain values
 )->str: # 16 hexadecimal digits
@@ -33,6 +34,7 @@ def record_checksum(
 # %% ../nbs/00b_run.ipynb #0b000006
 def _parse(path, text): return json.loads(text) if path.suffix == '.json' else yaml.safe_load(text)
 
+# %% ../nbs/00b_run.ipynb #ee689cfa
 def write_record(
     path, # `.json` or `.yaml`
     record:dict, # plain values
@@ -43,10 +45,12 @@ def write_record(
     record = {k: v for k,v in record.items() if k != 'checksum'}
     write_text(path, dump(record | dict(checksum=record_checksum(_parse(path, dump(record))))))
 
+# %% ../nbs/00b_run.ipynb #fce5c371
 def _plain(o):
     "What JSON does not know"
     return o.item() if isinstance(o, np.generic) else o.tolist() if isinstance(o, np.ndarray) else str(o)
 
+# %% ../nbs/00b_run.ipynb #ae586ea6
 def read_record(
     path, # from `write_record`, or a record without a checksum
 )->dict: # without its checksum
@@ -59,6 +63,7 @@ def read_record(
     if said is not None and said != record_checksum(record): raise DamagedFile(f'{path}: was changed after it was written (its checksum is wrong)')
     return record
 
+# %% ../nbs/00b_run.ipynb #856b097f
 def _bytes(path, limit=1 << 28):
     "Contents of a regular file"
     try:
@@ -106,11 +111,20 @@ class Run:
 
 # %% ../nbs/00b_run.ipynb #0b00000b
 def _text(v): return isinstance(v, str) and bool(v.strip())
+
+# %% ../nbs/00b_run.ipynb #1e769ba6
 def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and bool(np.isfinite(v))
+
+# %% ../nbs/00b_run.ipynb #1f15ba42
 def _whole(v): return isinstance(v, int) and not isinstance(v, bool)
+
+# %% ../nbs/00b_run.ipynb #786b6289
 def _names(v): return isinstance(v, list) and all(map(_text, v)) and len(set(v)) == len(v) > 0
+
+# %% ../nbs/00b_run.ipynb #7f36f2d3
 def _strings(a): return a.dtype.kind == 'U' and all(s.strip() for s in a.ravel())
 
+# %% ../nbs/00b_run.ipynb #d2f4616b
 MUST_BE = dict( # name -> (in words, test of a value)
     text=('text', _text),
     whole=('a whole number', _whole),
@@ -135,6 +149,7 @@ class Field:
     axes: tuple = () # names of its axes
     needed: bool|str = True # or the name of a group of which all are there, or none
 
+# %% ../nbs/00b_run.ipynb #488b29a8
 def field_problems(
     values:dict, # name -> value
     fields:dict, # name -> Field
@@ -162,34 +177,40 @@ def targets_in_classes(v, run):
     "A target is a class"
     if 'targets' in v and 'classes' in v and v.targets.size and v.targets.max() >= len(v.classes): yield f'targets go up to {v.targets.max()}, there are {len(v.classes)} classes'
 
+# %% ../nbs/00b_run.ipynb #2b662ab6
 def folder_fits(v, run):
     "The folder of a run bears its fold and its arch"
     if run is None: return
     if f'fold{v.fold}' != run.path.name: yield f'fold is {v.fold}, the folder is {run.path.name}'
     if not run.model.startswith(f'{safe_name(v.arch)}-'): yield f'arch is {v.arch}, the folder is {run.model}'
 
+# %% ../nbs/00b_run.ipynb #fbe13f04
 def classes_of_run(v, run):
     "Predictions and weights are about the classes of the configuration, in its order"
     classes = run.config.get('classes') if run is not None and (run/'config.yaml').exists() else None
     if 'classes' in v and classes is not None and list(v.classes) != list(classes): yield f'its classes are not those of config.yaml ({len(v.classes)} and {len(classes)}' + (', in another order)' if set(v.classes) == set(classes) else ')')
 
+# %% ../nbs/00b_run.ipynb #cf224293
 def ids_of_run(v, run):
     "Out-of-fold predictions are about the photos that the run has not seen"
     if 'ids' not in v or run is None or not (run/'data.npz').exists(): return
     expected, ids = set(validation_ids(run)), set(v.ids.tolist())
     if ids != expected: yield f'its photos are not those that the run was validated on ({len(expected-ids)} missing, {len(ids-expected)} others)'
 
+# %% ../nbs/00b_run.ipynb #c060457c
 def weights_fit(v, run):
     "Some tensor has a row per class"
     classes = run.config.get('classes') if run is not None and (run/'config.yaml').exists() else None
     if classes and not any(len(classes) in s for s in v.shapes.values()): yield f'no tensor has a row for each of the {len(classes)} classes'
 
+# %% ../nbs/00b_run.ipynb #ec6271f9
 def weights_hash(v, run):
     "The bytes are those that the training left"
     if run is None or not v.digest or not run.done: return
     said = run.metrics.get('weights')
     if said is not None and said != v.digest: yield 'its checksum is not the one in metrics.json'
 
+# %% ../nbs/00b_run.ipynb #8d1b563a
 def weights_finite(v, run):
     "No weight is NaN"
     if v.broken: yield f'{v.broken} of its tensors hold NaN or infinity'
@@ -213,6 +234,7 @@ def file_digest(
     "Hash of the bytes"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
+# %% ../nbs/00b_run.ipynb #1ed67f43
 _FLOATS = dict(F64='<f8', F32='<f4', F16='<f2')
 
 def _weights(path, contents=True):
@@ -291,17 +313,21 @@ def read_file(
         raise # of another file that this one is compared with
     return values
 
+# %% ../nbs/00b_run.ipynb #5c910f21
 def _stamp(path):
     "What changes when a file is written"
     try: s = os.stat(path)
     except OSError: return 0, 0
     return s.st_size, s.st_mtime_ns
 
+# %% ../nbs/00b_run.ipynb #b7595e98
 @functools.lru_cache(256)
 def _read_config(folder, size, mtime): return read_file(Run(folder), 'config.yaml')
 
+# %% ../nbs/00b_run.ipynb #232ef682
 def _config(folder, *stamp): return copy.deepcopy(_read_config(folder, *stamp)) # asked for often, and YAML is slow
 
+# %% ../nbs/00b_run.ipynb #4309a936
 def set_aside(
     path, # a damaged file, or what lies in its place
 )->Path: # its new name
@@ -312,6 +338,7 @@ def set_aside(
     os.replace(path, new)
     return new
 
+# %% ../nbs/00b_run.ipynb #fc32bcbc
 def validation_ids(
     run:Run,
 )->list[str]: # none for fold all
@@ -342,6 +369,7 @@ def is_run_folder(
     path, fold = Path(path), Path(path).name.removeprefix('fold')
     return path.is_dir() and (fold == 'all' or fold.isdecimal()) and any((path/f).exists() for f in ('config.yaml', 'metrics.json', 'weights.safetensors'))
 
+# %% ../nbs/00b_run.ipynb #71e14861
 def find_runs(
     experiment:str, # name below `runs/`
     done:bool=True, # only finished ones

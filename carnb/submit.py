@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
 from filelock import FileLock
-from .core import *
+from .core import atomic_path, ConfigError, DamagedFile, DataError, did_you_mean, load_npz, raise_problems, runs_dir, safe_name
+from .core import save_npz, use_korean_font, write_csv
 from .run import find_runs
-from .data import *
+from .data import Competition, nfc, read_merges, read_table, Template
 from .metrics import METRICS
 from .run import read_record, write_record
 from .identity import compare_data
@@ -118,24 +119,31 @@ class Finding:
     @property
     def severity(self): return GATE[self.code]
 
+# %% ../nbs/14_submit.ipynb #68058cbd
 GATE = {'label_form': 'note', # said, but no reason for a second look
         **dict.fromkeys(('empty', 'encoding', 'newline', 'delimiter', 'header', 'id_column', 'index_column', 'columns_missing', 'columns_extra', 'columns_twice', 'columns_order', 'ragged', 'blank_line',
                          'no_rows', 'ids_missing', 'ids_extra', 'ids_twice', 'ids_order', 'ids_zeros', 'ids_space', 'empty_cell', 'not_a_number', 'nan', 'infinite', 'logits', 'percent', 'negative', 'above_one',
                          'row_sum', 'zero', 'constant', 'template', 'label_unknown', 'label_float', 'label_vocabulary'), 'error'),
         **dict.fromkeys(('quoting', 'uniform_rows', 'one_hot', 'label_constant', 'label_strangers', 'prior_shift', 'identical', 'nearly_identical', 'archive'), 'warning')}
 
+# %% ../nbs/14_submit.ipynb #5b360914
 def _some(items, n=3):
     items = [str(i) for i in items]
     return ', '.join(items[:n]) + (f' and {len(items)-n} more' if len(items) > n else '')
 
+# %% ../nbs/14_submit.ipynb #bd54ddca
 def _compare(got, want, what, add):
     "Missing, extra, repeated and moved names"
     has, asked = set(got), set(want)
     lost, new = [i for i in want if i not in has], [i for i in got if i not in asked]
     twice = pd.Series(got, dtype=object).loc[lambda s: s.duplicated()].unique().tolist()
     if what == 'ids' and lost and new:
-        if {i.strip() for i in new} <= asked: add('ids_space', f'{len(new)} ids have spaces around them: {_some(map(repr, new))}'); return
-        if {i.lstrip('0') for i in lost} == {i.lstrip('0') for i in new}: add('ids_zeros', f'ids have lost or won zeros in front: {new[0]} instead of {lost[0]} (read ids as text)'); return
+        if {i.strip() for i in new} <= asked:
+            add('ids_space', f'{len(new)} ids have spaces around them: {_some(map(repr, new))}')
+            return
+        if {i.lstrip('0') for i in lost} == {i.lstrip('0') for i in new}:
+            add('ids_zeros', f'ids have lost or won zeros in front: {new[0]} instead of {lost[0]} (read ids as text)')
+            return
     if lost: add(f'{what}_missing', f'{len(lost)} {what} missing: {_some(lost)}')
     if new: add(f'{what}_extra', f'{len(new)} {what} that the template does not have: {_some(new)}')
     if twice: add(f'{what}_twice', f'{len(twice)} {what} more than once: {_some(twice)}')
@@ -155,24 +163,35 @@ def check_submission(
     found = []
     def add(code, message): found.append(Finding(code, message))
     raw = source if isinstance(source, bytes) else Path(source).read_bytes()
-    if not raw.strip(): add('empty', f'the file is empty; expected {len(template.ids)+1} lines'); return found
+    if not raw.strip():
+        add('empty', f'the file is empty; expected {len(template.ids)+1} lines')
+        return found
     rows = _read_rows(raw, template, add)
     if rows is None: return found
     body = _check_header(rows, template, add)
     if body is None: return found
-    if not body: add('no_rows', f'only a header; expected {len(template.ids)} rows'); return found
+    if not body:
+        add('no_rows', f'only a header; expected {len(template.ids)} rows')
+        return found
     _compare([r[0] for r in body], template.ids, 'ids', add)
     if template.kind == 'labels': _check_labels([r[1] for r in body], classes, add)
     else: _check_values(body, template, metric, sums, add)
     if template.path.exists() and template.path.read_bytes() == raw: add('template', f'identical to {template.path.name}: nothing has been filled in')
     return found
 
+# %% ../nbs/14_submit.ipynb #811cef78
 def _read_rows(raw, template, add):
     "Rows of fields (blank ones as []), or None when it makes no sense to go on"
     try: text = raw.decode('utf-16' if raw[:2] in (b'\xff\xfe', b'\xfe\xff') else template.encoding)
-    except UnicodeDecodeError: add('encoding', f'not {template.encoding} text, which the template is'); return
-    if raw[:2] in (b'\xff\xfe', b'\xfe\xff'): add('encoding', f'UTF-16; the template is {template.encoding}'); return
-    if text.startswith('\ufeff'): add('encoding', 'starts with a byte order mark, the template does not'); text = text[1:]
+    except UnicodeDecodeError:
+        add('encoding', f'not {template.encoding} text, which the template is')
+        return
+    if raw[:2] in (b'\xff\xfe', b'\xfe\xff'):
+        add('encoding', f'UTF-16; the template is {template.encoding}')
+        return
+    if text.startswith('\ufeff'):
+        add('encoding', 'starts with a byte order mark, the template does not')
+        text = text[1:]
     if template.encoding == 'utf-8-sig' and raw[:3] != b'\xef\xbb\xbf': add('encoding', 'lacks the byte order mark that the template starts with')
     ends = {e for e in ('\r\n', '\n', '\r') if e in text.replace('\r\n', '' if e != '\r\n' else e)}
     if ends - {template.newline}: add('newline', f'line ends {", ".join(sorted(map(repr, ends)))}; the template has {template.newline!r}')
@@ -180,18 +199,25 @@ def _read_rows(raw, template, add):
     if plain and '"' in text: add('quoting', f'{text.count(chr(34))} quotation marks; the template needs none')
     rows = list(csv.reader(io.StringIO(text, newline='')))
     head = rows[0]
-    if len(head) == 1 and (d := next((d for d in ';\t|' if d in head[0]), None)): add('delimiter', f'fields are separated by {d!r}; expected a comma'); return
+    if len(head) == 1 and (d := next((d for d in ';\t|' if d in head[0]), None)):
+        add('delimiter', f'fields are separated by {d!r}; expected a comma')
+        return
     return rows
 
+# %% ../nbs/14_submit.ipynb #04b0f022
 def _check_header(rows, template, add):
     "Compare the header and cut the body to the template's columns; None when it makes no sense to go on"
     want, head = [template.id_column, *template.columns], rows[0]
-    if head and head[0] in set(template.ids): add('header', f'no header line; expected {_some(want)}'); return
+    if head and head[0] in set(template.ids):
+        add('header', f'no header line; expected {_some(want)}')
+        return
     blank = [i+1 for i,r in enumerate(rows) if not r]
     if blank: add('blank_line', f'{len(blank)} blank lines: {_some(blank)}')
     rows = [r for r in rows if r]
     ragged = [i+1 for i,r in enumerate(rows) if len(r) != len(head)]
-    if ragged: add('ragged', f'{len(ragged)} rows with another number of fields than the header ({len(head)}): line {_some(ragged)}'); return
+    if ragged:
+        add('ragged', f'{len(ragged)} rows with another number of fields than the header ({len(head)}): line {_some(ragged)}')
+        return
     if head[0] in ('', 'index', 'Unnamed: 0') and head[1:2] == want[:1]:
         add('index_column', f'an index column {head[0]!r} stands before {want[0]} (write with index=False)')
         head, rows = head[1:], [r[1:] for r in rows]
@@ -202,6 +228,7 @@ def _check_header(rows, template, add):
     at = {c: i for i,c in enumerate(head)}
     return [[r[0], *(r[at[c]] for c in template.columns)] for r in rows[1:]]
 
+# %% ../nbs/14_submit.ipynb #7430eeb8
 def _check_values(body, template, metric, sums, add):
     "Numbers of a probability submission"
     k, flat = len(template.columns), [c for r in body for c in r[1:]]
@@ -222,8 +249,12 @@ def _check_values(body, template, metric, sums, add):
         return
     v = v.reshape(-1, k)
     s = v.sum(1)
-    if (v < 0).mean() > .2: add('logits', f'{(v < 0).mean():.0%} of the cells are negative: these are logits, not probabilities'); return
-    if np.abs(s-100).max() < 1: add('percent', f'rows sum to 100: these are percent, divide by 100'); return
+    if (v < 0).mean() > .2:
+        add('logits', f'{(v < 0).mean():.0%} of the cells are negative: these are logits, not probabilities')
+        return
+    if np.abs(s-100).max() < 1:
+        add('percent', f'rows sum to 100: these are percent, divide by 100')
+        return
     report('negative', v.ravel() < 0, 'cells are negative')
     if metric == 'log_loss': report('zero', v.ravel() == 0, 'probabilities are 0 (a wrong one costs an infinite log loss)')
     report('above_one', v.ravel() > 1+1e-6, 'cells are above 1')
@@ -236,6 +267,7 @@ def _check_values(body, template, metric, sums, add):
     hot = (v.max(1) > 1-1e-9).sum()
     if metric == 'log_loss' and hot > len(v)/2: add('one_hot', f'{hot} rows claim certainty; log loss punishes that (votes instead of probabilities?)')
 
+# %% ../nbs/14_submit.ipynb #b0b3b1c0
 def _check_labels(labels, classes, add):
     "Values of a label submission"
     empty = sum(not l.strip() for l in labels)
@@ -278,10 +310,12 @@ def read_submission(
     if df.shape[1] == 1: return df.index.to_numpy(str), df.iloc[:,0].astype(str).to_numpy(str)
     return df.index.to_numpy(str), df[sorted(df.columns)].to_numpy('f8')
 
+# %% ../nbs/14_submit.ipynb #a0783148
 def _decode(raw, encoding):
     try: return raw.decode(encoding)
     except UnicodeDecodeError: return None
 
+# %% ../nbs/14_submit.ipynb #f16ea9e4
 def best_classes(
     raw:bytes, # a submission file
 )->tuple[np.ndarray, np.ndarray]: # ids sorted (n,), best class (n,)
@@ -289,6 +323,7 @@ def best_classes(
     ids, v = read_submission(raw)
     return ids, v if v.ndim == 1 else v.argmax(1).astype('i4')
 
+# %% ../nbs/14_submit.ipynb #f240899c
 def agreement(
     a, # from `best_classes`
     b, # from `best_classes`
@@ -296,6 +331,7 @@ def agreement(
     "Share of photos with the same best class"
     return float((a[1] == b[1]).mean()) if np.array_equal(a[0], b[0]) and a[1].dtype.kind == b[1].dtype.kind else 0.
 
+# %% ../nbs/14_submit.ipynb #30436b11
 def correlation(
     a:bytes, # a submission file
     b:bytes, # another with the same ids
@@ -331,6 +367,7 @@ def log_problems(
     said = dict(zip(('numbers that are none', 'numbers that are there twice', 'rows that are cut off'), (odd, twice, cut)))
     return [f'{what}: {_some(v)}' for what,v in said.items() if len(v)]
 
+# %% ../nbs/14_submit.ipynb #3fb5247b
 def submissions_log()->pd.DataFrame:
     "All recorded submissions, as text; `DamagedFile` when it is no logbook"
     path = runs_dir()/'submissions.csv'
@@ -355,6 +392,7 @@ def safe_cell(
 # %% ../nbs/14_submit.ipynb #e14a0013
 def _archive(number, suffix='csv.gz'): return runs_dir()/f'submissions/{int(number):04d}.{suffix}'
 
+# %% ../nbs/14_submit.ipynb #2af9a581
 def archived(
     number, # of a submission
     what:str='csv.gz', # csv.gz (bytes), npz (ids and best classes) or json (`ensemble.json`)
@@ -401,6 +439,7 @@ def earlier_findings(
         except DamagedFile as e: res.append(Finding('archive', f'not compared with {who}: {e}'))
     return res
 
+# %% ../nbs/14_submit.ipynb #c5df02c5
 def _nearly(raw, mine, number, who):
     "A finding when the copy of an earlier submission says nearly the same"
     theirs = archived(number, 'npz')
@@ -433,6 +472,7 @@ def record_submission(
         write_csv(runs_dir()/'submissions.csv', log)
     return number, True
 
+# %% ../nbs/14_submit.ipynb #aee4e82f
 def _free_number(raw, log):
     "The number of a copy that was left without a row by an interruption, else one that nothing has"
     used, copies = set(log.number.astype(int)), archived_numbers()
@@ -454,6 +494,7 @@ def check_submit(
         if a not in GATE: p.append(f'allow: {a!r}; expected names of findings{did_you_mean(a, GATE)}')
     return p
 
+# %% ../nbs/14_submit.ipynb #a49b7de6
 def write_submission(
     template:Template, # what the file must look like
     column_class:dict, # template column -> class
@@ -604,6 +645,7 @@ def _log_row(runs, summary):
     scored = {k: f'{s[v]:.5g}' for k,v in scores.items() if isinstance(s.get(v), (int, float))}
     return dict(**what, git=code, **trained, **scored, ensemble=summary['key'], difference=_difference_to_best(summary))
 
+# %% ../nbs/14_submit.ipynb #647cfae1
 def _difference_to_best(summary):
     "Against the recorded submission with the best public, else expected, else nested score of the same metric"
     log = submissions_log()

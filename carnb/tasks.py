@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Callable
 import pandas as pd, yaml
 from fastcore.basics import AttrDict
-from .core import *
+from .core import CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, notebooks_dir, raise_problems, runs_dir, safe_name
 from .run import find_runs
-from .data import *
+from .data import LAYOUTS, LEFT_OUT, as_text, check_photos, Competition, existing_dir, findings_table, finish_competition
+from .data import guess_task, list_photos, nfc, read_competition, read_yaml
 from .demo import FACE_PHOTOS, make_demo, make_persons
 from .metrics import METRICS
 
@@ -41,9 +42,9 @@ class Task:
 MASK_STATES, GENDERS, AGE_BANDS, OFFICIAL_AGE = ('mask', 'incorrect', 'normal'), ('male', 'female'), ('young', 'middle', 'old'), (30, 60)
 MASK_CLASSES = {str(6*i+3*j+k): f'{s} {g} {b}' for i,s in enumerate(MASK_STATES) for j,g in enumerate(GENDERS) for k,b in enumerate(AGE_BANDS)} # code -> class
 _PERSON = re.compile(r'([^_]+)_([^_]+)_([^_]+)_([^_]+)')
-
 MAY_MISS = 1 # persons of the shipped list that may be missing; where more are, the numbers belong to other people
 
+# %% ../nbs/09_tasks.ipynb #89bf5e1e
 def mask_class(
     state:str, # mask, incorrect or normal
     gender:str, # male or female
@@ -53,6 +54,7 @@ def mask_class(
     "The class of a face"
     return f'{state} {gender} {AGE_BANDS[(age >= borders[0]) + (age >= borders[1])]}'
 
+# %% ../nbs/09_tasks.ipynb #342dd426
 def decode_masks(
     labels, # codes 0 to 17 or class names, (n,)
 )->pd.DataFrame: # columns mask, gender, age
@@ -62,6 +64,7 @@ def decode_masks(
     if unknown: raise DataError(f'no classes of the masks competition: {", ".join(unknown[:5])}; expected 0 to 17 or names like {MASK_CLASSES["0"]!r}')
     return pd.DataFrame([n.split() for n in names], columns=['mask', 'gender', 'age'])
 
+# %% ../nbs/09_tasks.ipynb #ce547543
 def read_corrections(
     path, # YAML with `gender: {id: male|female}` and `swapped: [ids]`; 'shipped' or 'always': the list that comes with carnb; None: no list
 )->AttrDict: # gender: id -> gender, swapped: set of ids; ids without leading zeros
@@ -76,6 +79,7 @@ def read_corrections(
     raise_problems(f'corrections: {path} cannot be used', problems, ConfigError)
     return AttrDict(gender={i.lstrip('0'): g for i,g in gender.items()}, swapped={i.lstrip('0') for i in swapped})
 
+# %% ../nbs/09_tasks.ipynb #34240cac
 def read_masks(
     data_dir, # person folders anywhere below `train/` (or below the folder itself); class folders or a `train.csv` are read as such
     merges=None, # names that are one class
@@ -125,9 +129,7 @@ def read_masks(
 
 # %% ../nbs/09_tasks.ipynb #1fd138f5
 RECIPE = dict(epochs=11, label_smoothing=0.05, schedule='cosine', warmup=0.02, ema=0.99, head_lr_mult=1., pooling='native', precision='auto', grad_clip=0.)
-
 DEMO_RECIPE = dict(img_size=124, batch_size=16, epochs=8, lr=2e-3) # for models without a preset on the drawn photos: minutes on two cores
-
 TASKS = dict(
     cars=Task('cars', read_competition, 'log_loss', aspect='auto', augmentation=dict(min_scale=.5, stretch=1.35, color=0., hue=0.), training=RECIPE),
     documents=Task('documents', read_competition, 'macro_f1', fit='pad', augmentation=dict(min_scale=.6, flip=0., rotate=5., color=.2, hue=0.),
@@ -136,6 +138,7 @@ TASKS = dict(
                tta_views=('identity', 'hflip'), training=RECIPE, options=dict(age=[29, 58], corrections='shipped')),
 )
 
+# %% ../nbs/09_tasks.ipynb #5d0a0ca6
 def task_problems(
     name:str|None, # key of TASKS; None: left to the runs
     options=None, # `data_options`
@@ -145,6 +148,7 @@ def task_problems(
     known = TASKS[name].options if name else {}
     return [f'data_options: {k}: unknown for {name}{did_you_mean(k, known)}; ' + (f'there is {", ".join(known)}' if known else 'it has none') for k in options or {} if k not in known]
 
+# %% ../nbs/09_tasks.ipynb #e19ee630
 def get_task(
     name:str, # key of TASKS
 )->Task:
@@ -181,6 +185,7 @@ def read_items(
     comp.notes.extend(layout_notes(task.name, data_dir))
     return comp
 
+# %% ../nbs/09_tasks.ipynb #3e97da1b
 def check_competition(
     comp:Competition, # as it was read
     progress:bool=True, # show a bar
@@ -199,6 +204,7 @@ def check_competition(
         raise_problems(f'classes of which every photo is {" or ".join(LEFT_OUT)}; repair some', [c for c in comp.classes if c not in set(comp.train.label)], DataError)
     return comp, checked
 
+# %% ../nbs/09_tasks.ipynb #eedeaf52
 def read_data(
     task:Task, # the record
     data_dir=None, # the competition's folder; None: the demo
@@ -221,6 +227,7 @@ def task_of(
     if said and task not in said: raise ConfigError(f'task: {task!r}, but the runs were trained for {", ".join(sorted(said))}; leave it out')
     return task
 
+# %% ../nbs/09_tasks.ipynb #7562ae42
 def open_experiment(
     experiment:str, # name below `runs/`
     task:str|None=None, # None: as the runs say

@@ -10,7 +10,9 @@ __all__ = ['PRECISIONS', 'RANGES', 'ABOVE_ZERO', 'range_problems', 'option_examp
            'bare_model', 'load_model', 'tiny_experiment', 'plot_history']
 
 # %% ../nbs/10_train.ipynb #0e29eecc
-from .core import * # before torch: see OMP_WAIT_POLICY there
+from .core import atomic_path, CarnbError, coerce_options, ConfigError, DamagedFile, DataError, did_you_mean, load_npz, pick_device  # before torch: see OMP_WAIT_POLICY there
+from .core import plain_text, raise_problems, resolve_path, runs_dir, safe_name, save_npz, seed_everything, stage_config
+from .core import stage_params, use_korean_font
 from .run import Run, file_digest, is_run_folder, read_file, set_aside, write_record
 import contextlib, inspect, time
 from pathlib import Path
@@ -22,17 +24,23 @@ from fastcore.basics import AttrDict, noop
 from filelock import FileLock
 from safetensors.torch import load_file
 from tqdm import tqdm
-from .data import *
+from .data import assign_folds, Competition, read_file
 from .identity import code_version, compare_data, data_changes, data_record, fingerprint, restore_folds, trained_runs
-from .loaders import *
+from .loaders import FITS, find_data_preset, find_preprocess, loader_settings, make_dls, MixUpCutMix
+from .canvas import canvas, median_aspect
+from .loaders import train_transform
 from .losses import LOSSES, head_problem, loss_parameters, make_loss, takes_soft_targets
 from .metrics import METRICS, softmax
-from .backbones import *
+from .backbones import HEAD_INITS, HEADS, create_model, find_preset, find_training_preset, fixed_size, make_learner, make_opt_func
+from .backbones import model_stats, param_groups, size_multiple, size_problem, start_values, weights_file
 from .pooling import POOLINGS, pooling_p
-from .memory import StepSettings, fit_of, parse_bytes, peak_of, step_problems
-from .tasks import *
-from .callbacks import *
-from .checkpoint import *
+from .memory.settings import StepSettings, parse_bytes, step_problems
+from .memory.peak import fit_of, peak_of
+from .tasks import DEMO_RECIPE, TASKS, get_task, read_data, Task, task_problems
+from .callbacks import EMA, SCHEDULE_OPTIONS, SCHEDULES, TRACKERS, Autocast, Checkpoints, fit_from, FreezeBody, History, is_fit
+from .callbacks import LRSchedule, make_trackers, MicroBatches, Progress, ProgressiveResize, schedule_problems, SetEpoch, StopAfter
+from .callbacks import StopWithoutProgress
+from .checkpoint import cleanup_old_checkpoints, DamagedCheckpoint, disk_message, get_checkpoint_info, list_checkpoints, run_lock
 
 # %% ../nbs/10_train.ipynb #820257e6
 PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
@@ -43,6 +51,7 @@ RANGES = dict( # smallest and largest value of a setting
     freeze_epochs=(0, 10_000), progressive=(.1, 1), early_stop=(0, 10_000), checkpoint_minutes=(0, 1e6))
 ABOVE_ZERO = {'lr', 'head_lr_mult', 'layer_decay'} # their range begins after its lower end
 
+# %% ../nbs/10_train.ipynb #b5f6b4a3
 def range_problems(
     cfg, # parameters
 )->list[str]:
@@ -54,6 +63,7 @@ def range_problems(
         if not low <= v <= high or k in ABOVE_ZERO and v == low: p.append(f'{k}: {v}; expected {"more than " if k in ABOVE_ZERO else ""}{low} to {high}')
     return p
 
+# %% ../nbs/10_train.ipynb #fa63d260
 def option_examples(
     task:str|None, # key of TASKS
 )->dict: # parameter -> option -> a value of its type
@@ -63,6 +73,7 @@ def option_examples(
     numbers = dict.fromkeys([k for name in LOSSES for k in loss_parameters(name)], 0.)
     return dict(augmentation=views, schedule_options=schedules, loss_options=numbers, data_options=TASKS[task].options if task in TASKS else {})
 
+# %% ../nbs/10_train.ipynb #287a0914
 def typed_options(
     cfg, # parameters
 )->tuple: # mappings with their types, problems
@@ -73,6 +84,7 @@ def typed_options(
         problems += [f'{name}: {o}' for o in p]
     return mappings, problems
 
+# %% ../nbs/10_train.ipynb #20f0f19b
 def check_train(
     cfg, # parameters as given
 )->list[str]:
@@ -85,7 +97,14 @@ def check_train(
         try: return fn(*args)
         except CarnbError as e: p.append(str(e))
         except ValueError as e: p.append(f'img_size: {cfg.img_size!r}; expected a number of px or h,w')
-    among('schedule', SCHEDULES); among('loss', LOSSES); among('pooling', POOLINGS); among('precision', PRECISIONS); among('fit', FITS); among('head_init', HEAD_INITS); among('head', HEADS); among('keep_checkpoints', ('none', 'best', 'all'))
+    among('schedule', SCHEDULES)
+    among('loss', LOSSES)
+    among('pooling', POOLINGS)
+    among('precision', PRECISIONS)
+    among('fit', FITS)
+    among('head_init', HEAD_INITS)
+    among('head', HEADS)
+    among('keep_checkpoints', ('none', 'best', 'all'))
     for t in cfg.tracking: among('tracking', TRACKERS, t)
     p += range_problems(cfg)
     if isinstance(cfg.batch_size, str) and cfg.batch_size != 'auto': p.append(f'batch_size: {cfg.batch_size!r}; expected a number, or auto')
@@ -113,6 +132,7 @@ def check_train(
     tried(pick_device, cfg.device)
     return p
 
+# %% ../nbs/10_train.ipynb #4d249034
 def check_resolved(
     cfg, # with every value filled in
 )->list[str]:
@@ -128,6 +148,7 @@ def check_resolved(
     if cfg.freeze_epochs >= cfg.epochs: p.append(f'freeze_epochs: {cfg.freeze_epochs} of {cfg.epochs} epochs; the body would never learn')
     return p
 
+# %% ../nbs/10_train.ipynb #4c2645d7
 def resolve(
     cfg, # checked parameters
     task:Task, # the record
@@ -171,6 +192,7 @@ def pick_precision(
     if device.type == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported() else 'fp16'
     return 'fp32'
 
+# %% ../nbs/10_train.ipynb #48ec697b
 def device_table()->pd.DataFrame: # a row per kind of device
     "What a run does by itself on each kind of device; every setting can be overridden"
     rows = []
@@ -179,6 +201,7 @@ def device_table()->pd.DataFrame: # a row per kind of device
         rows.append(dict(device=kind, precision='bf16, else fp16' if kind == 'cuda' else 'fp32', workers=set_.num_workers, pinned_memory=set_.pin_memory, persistent_workers=set_.persistent_workers, channels_last=True))
     return pd.DataFrame(rows).set_index('device')
 
+# %% ../nbs/10_train.ipynb #e5ca8713
 def build_learner(
     cfg, # resolved configuration
     comp:Competition, # with folds
@@ -214,6 +237,7 @@ def build_learner(
     learn.logger = noop # fastai's recorder stays, for lr_find; `History` prints
     return learn
 
+# %% ../nbs/10_train.ipynb #67ad9759
 def device_memory(
     device, # torch device
 )->int: # bytes
@@ -223,6 +247,7 @@ def device_memory(
     import psutil
     return psutil.virtual_memory().available
 
+# %% ../nbs/10_train.ipynb #cff0a48d
 def planned_step(
     cfg, # resolved configuration
     n_classes:int, # classes
@@ -237,6 +262,7 @@ def planned_step(
     if cfg.fit_memory: n = max(n, fit_of(step, cfg.batch_size, budget).accumulation)
     return AttrDict(accumulation=n, peak=peak_of(step, cfg.batch_size, n), budget=budget)
 
+# %% ../nbs/10_train.ipynb #99efcd09
 def micro_batches(
     cfg, # resolved configuration
     n_classes:int, # classes
@@ -249,6 +275,7 @@ def micro_batches(
     print(f'memory: {step.peak.total/1e9:.2f} GB predicted of {step.budget/1e9:.2f} GB: steps of {cfg.batch_size} photos' + (f' in {n} parts of {cfg.batch_size//n} (BatchNorm sees the parts)' if n > 1 else ', in one part'))
     return n
 
+# %% ../nbs/10_train.ipynb #ae7d3949
 def loss_of(
     cfg, # resolved configuration
     n_classes:int, # classes
@@ -324,6 +351,7 @@ def draw_predictions(
         with atomic_path(path) as tmp: fig.savefig(tmp, dpi=70, format='png')
     finally: plt.close(fig)
 
+# %% ../nbs/10_train.ipynb #1fd5558e
 class PredictionGrid(Callback):
     "`draw_predictions` in `predictions.png`; a picture that fails is a note, the training counts"
     order = 66 # after History has kept the best epoch, before the trackers
@@ -386,6 +414,7 @@ def damage_of(
     except DamagedFile as e: return str(e)
     return ''
 
+# %% ../nbs/10_train.ipynb #04491466
 def finished(
     cfg, # resolved configuration
     comp:Competition, # with folds
@@ -430,6 +459,7 @@ def prepare(
     comp.notes.append(f'{leaks["duplicate_pairs"]} duplicate pairs, {leaks["pairs_across_classes"]} of them across classes, {leaks["pairs_across_folds"]} across folds')
     return task, comp, cfg, Run.for_config(cfg)
 
+# %% ../nbs/10_train.ipynb #4c27b5d3
 def train_config(
     **settings # parameters of this stage; the rest has its default
 )->AttrDict: # checked
@@ -439,6 +469,7 @@ def train_config(
     ns = {k: p.default for k,p in known.items()} | settings
     return stage_config({**ns, '__annotations__': {k: eval(p.type) for k,p in known.items()}}, check_train)
 
+# %% ../nbs/10_train.ipynb #a8c438f0
 def train_run(
     **settings # parameters of this stage; the rest has its default
 )->Run: # finished
@@ -452,12 +483,14 @@ def train_run(
         fit_run(learn, cfg, run)
     return run
 
+# %% ../nbs/10_train.ipynb #1115188b
 def bare_model(
     cfg, # of a run, `classes` included
 ): # model without its weights
     "The network of a run, for weights to be loaded into"
     return create_model(cfg.timm_arch, len(cfg.classes), cfg.size, False, cfg.pooling, head=cfg.get('head') or 'linear', head_scale=float((cfg.get('loss_options') or {}).get('scale', 30.)))
 
+# %% ../nbs/10_train.ipynb #771c57ec
 def load_model(
     run:Run, # a finished run
     device='cpu', # torch device
@@ -493,9 +526,11 @@ def plot_history(
     for ax,k in ((axs[0], 'loss'), (axs[2], 'acc')):
         for part,name in (('train', 'training'), ('val', 'validation')):
             if f'{part}_{k}' in history: ax.plot(history.epoch, history[f'{part}_{k}'], label=name, **style)
-        ax.set(title=dict(loss='loss', acc='accuracy')[k], xlabel='epoch'); ax.legend()
+        ax.set(title=dict(loss='loss', acc='accuracy')[k], xlabel='epoch')
+        ax.legend()
     if 'val_loss' not in history: return fig # fold=all
     score = history[f'val_{metric}']
     best = (score.idxmin if METRICS[metric].lower_is_better else score.idxmax)()
-    axs[1].plot(history.epoch, score, color='C2', **style); axs[1].plot(history.epoch[best], score[best], 'o', ms=9, mfc='none', color='C3')
+    axs[1].plot(history.epoch, score, color='C2', **style)
+    axs[1].plot(history.epoch[best], score[best], 'o', ms=9, mfc='none', color='C3')
     axs[1].set(title=f'{metric}, kept: epoch {history.epoch[best]} with {score[best]:.3f}', xlabel='epoch')

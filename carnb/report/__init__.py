@@ -6,7 +6,7 @@
 __all__ = ['check_report', 'score_bars', 'picture', 'data_lines', 'top_facts', 'gains_table', 'tried_table', 'plot_curves']
 
 # %% ../../nbs/16_report.ipynb #2b6659ad
-from ..core import * # before torch: see OMP_WAIT_POLICY there
+from ..core import environment, runs_dir, safe_name, use_korean_font  # before torch: see OMP_WAIT_POLICY there
 from datetime import datetime
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -16,13 +16,8 @@ from ..data import read_image
 from ..metrics import METRICS, accuracy
 from ..predict import experiment_data, tiny_predictions
 from ..ensemble import METHODS
-from .page import *
-from .board import *
-from .pairs import *
-from .mistakes import *
-from .attention import *
-from .members import *
-from .advice import *
+from .page import breakable, drawn, facts, html, number, percent, table
+from .board import ensemble_result, headline, metric_words, with_intervals
 
 # %% ../../nbs/16_report.ipynb #b7902cfc
 def check_report(
@@ -61,7 +56,7 @@ def picture(
     e, o = ensemble_result(folder)
     fig = plt.figure(figsize=(11, 3.4), constrained_layout=True)
     left, right = fig.subfigures(1, 2, width_ratios=[1.35, 1])
-    paths = comp.items.set_index('id').path
+    paths = comp.train.set_index('id').path
     for ax,i in zip(left.subplots(2, n//2).flat, np.random.default_rng(seed).permutation(len(o.ids))[:n]):
         k = int(np.argmax(o.probs[i]))
         ax.imshow(read_image(comp.data_dir/paths[o.ids[i]]))
@@ -89,6 +84,7 @@ def data_lines(
             f'data fingerprint: {", ".join(prints)}', f'trained with {"; ".join(versions) or "an unknown version"}',
             f'page made {datetime.now().astimezone():%Y-%m-%d %H:%M %Z} by carnb {me["carnb"]}' + (f' (git {me["git"]})' if me['git'] else '')]
 
+# %% ../../nbs/16_report.ipynb #1ba650a1
 def top_facts(
     t:pd.DataFrame, # from `compare`, of this experiment
     summary:dict|None, # `ensemble.json`
@@ -116,6 +112,7 @@ def gains_table(
     shows |= dict(without=number, gain=lambda v: number(v, sign=True))
     return table(t, shows, dict(without=f'{metric_words(metric)} without it', gain='gain', interval='95 % interval', drawn=''))
 
+# %% ../../nbs/16_report.ipynb #fa781e15
 def tried_table(
     summary:dict, # `ensemble.json`
     n:int=12, # rows
@@ -126,6 +123,7 @@ def tried_table(
     shows |= dict(same_photos=number, nested=number, vs_single=lambda v: number(v, sign=True))
     return table(t, shows, dict(same_photos='score on the photos it was fitted on', nested='score on other photos', interval='95 % interval', drawn='', vs_single='difference from the best single model'))
 
+# %% ../../nbs/16_report.ipynb #246caa1f
 def plot_curves(
     runs:list[Run], # of the experiment
     histories:dict, # run name -> rows of `history.csv`

@@ -6,7 +6,7 @@
 __all__ = ['signs', 'next_step']
 
 # %% ../../nbs/15g_report.advice.ipynb #74f0147f
-from ..core import * # before torch: see OMP_WAIT_POLICY there
+import carnb.core  # before torch: see OMP_WAIT_POLICY there
 import numpy as np, pandas as pd
 from ..metrics import METRICS
 

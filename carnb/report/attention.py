@@ -6,7 +6,7 @@
 __all__ = ['target_layer', 'attention_map', 'photo_tensor', 'explain_mistakes', 'show_attention', 'overlay', 'attention_cards']
 
 # %% ../../nbs/15e_report.attention.ipynb #9a23bef7
-from ..core import * # before torch: see OMP_WAIT_POLICY there
+from ..core import CarnbError  # before torch: see OMP_WAIT_POLICY there
 from pathlib import Path
 from ..run import Run
 import numpy as np, pandas as pd, torch
@@ -101,7 +101,7 @@ def explain_mistakes(
     device='cpu', # torch device
 ): # list of (row, picture uint8 (h, w, 3), map of the said class (h, w), map of the true class); `CarnbError` says why there can be none
     "Attention maps of photos, each from the run that has not seen it; one model is loaded per fold"
-    by_fold, items = {str(r.config.fold): r for r in runs}, comp.items.set_index('id')
+    by_fold, items = {str(r.config.fold): r for r in runs}, comp.train.set_index('id')
     lost = [r.name for r in runs if not (r/'weights.safetensors').exists()]
     rows = [(str(items.fold[r.id]), r) for r in table.itertuples()]
     if lost and not any(f in by_fold and by_fold[f].name not in lost for f,_ in rows): raise CarnbError(f'attention: no weights.safetensors in {", ".join(lost)}')
@@ -152,6 +152,7 @@ def overlay(
     alpha = (.25+.5*cam)[..., None]
     return ((1-alpha)*grey + alpha*255*mpl.colormaps['inferno'](cam)[..., :3]).clip(0, 255).astype('u1')
 
+# %% ../../nbs/15e_report.attention.ipynb #a2bb8447
 def attention_cards(
     explained, # from `explain_mistakes`
     paths, # id -> path below the data folder

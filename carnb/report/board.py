@@ -8,7 +8,7 @@ __all__ = ['SUMMARY', 'UNITS', 'COLUMNS', 'NOT_SETTINGS', 'board_row', 'px_text'
            'metric_words', 'ensemble_lines', 'with_intervals', 'board_table', 'runs_table', 'settings_table']
 
 # %% ../../nbs/15b_report.board.ipynb #725ed09d
-from ..core import * # before torch: see OMP_WAIT_POLICY there
+from ..core import DamagedFile, DataError, load_npz, raise_problems, runs_dir, safe_name, write_csv  # before torch: see OMP_WAIT_POLICY there
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
 from ..run import Run, find_runs, read_file, read_record
@@ -25,6 +25,7 @@ def board_row(
             'accuracy': m.get('val_acc'), 'train_loss': m.get('train_loss'), 'val_loss': m.get('val_loss'),
             'best_epoch': m['best_epoch'], 'epochs': m['epochs'], 'seconds': round(m['seconds'], 1), 'run': run.name}
 
+# %% ../../nbs/15b_report.board.ipynb #5cd6987e
 def px_text(size)->str: return '×'.join(map(str, size)) # height × width
 
 # %% ../../nbs/15b_report.board.ipynb #b01256ca
@@ -51,6 +52,7 @@ def out_of_fold(
     ids, targets, logits = (np.concatenate([o[k] for o in parts]) for k in ('ids', 'targets', 'logits'))
     return AttrDict(ids=ids, classes=parts[0].classes, targets=targets, probs=softmax(logits.astype('f8')))
 
+# %% ../../nbs/15b_report.board.ipynb #fabaa1a9
 def score_interval(
     probs, # (n, C)
     targets, # (n,)
@@ -73,6 +75,7 @@ def _summary_problems(s):
     needed = [('scores', k) for k in ('nested', 'low', 'high')] + [('best_single', 'score')] + [('difference', k) for k in ('mean', 'low', 'high')]
     return [f'{a}: {b} is {s[a].get(b)!r}, expected a number' for a,b in needed if not is_number(s[a].get(b)) or not np.isfinite(s[a][b])]
 
+# %% ../../nbs/15b_report.board.ipynb #e09c90cf
 def _oof_problems(z):
     "What is wrong with the predictions of an ensemble"
     if lost := [k for k in ('ids', 'classes', 'probs', 'targets') if k not in z]: return [f'{", ".join(lost)} missing']
@@ -81,6 +84,7 @@ def _oof_problems(z):
     if z.targets.dtype.kind not in 'iu' or n and not 0 <= z.targets.min() <= z.targets.max() < C: return [f'targets are no numbers of the {C} classes']
     return [] if np.isfinite(z.probs).all() and (z.probs >= 0).all() and (z.probs.sum(1) > 0).all() else ['probs are no probabilities']
 
+# %% ../../nbs/15b_report.board.ipynb #6920acef
 def ensemble_result(
     folder, # `runs/<experiment>/ensemble`
 )->tuple[dict, AttrDict]: # `ensemble.json`, and ids, classes, probs, targets of `oof.npz`
@@ -152,6 +156,7 @@ def model_row(
     return row | dict(spread=np.std(scores, ddof=1) if len(scores) > 1 else np.nan, accuracy=np.nan if o is None else accuracy(o.probs, o.targets),
                       minutes=sum(m['seconds'] for m in ms)/60)
 
+# %% ../../nbs/15b_report.board.ipynb #859744fd
 def ensemble_row(
     experiment:str, # its name
     folder, # with `ensemble.json` and `oof.npz`
@@ -169,6 +174,7 @@ def _groups(folder):
     t = read_file(folder/'folds.csv')
     return pd.Series(t.group, t.id) if 'group' in t else None
 
+# %% ../../nbs/15b_report.board.ipynb #ebef9daf
 def compare(
     experiments, # names below `runs/`
     notes:list|None=None, # gets a line for whatever is left out; None: a damaged file is an error
@@ -202,6 +208,7 @@ def metric_words(
     words = metric.replace('_f1', ' F1').replace('_', ' ')
     return f'{words} ({UNITS[metric]})' if unit and metric in UNITS else words
 
+# %% ../../nbs/15b_report.board.ipynb #c6f61cec
 def ensemble_lines(
     summary:dict, # `ensemble.json`
 )->list[str]:
@@ -220,6 +227,7 @@ def _span(*columns):
     v = np.concatenate([np.asarray(c, float) for c in columns])
     return (np.nanmin(v), np.nanmax(v)) if np.isfinite(v).any() else (0, 1)
 
+# %% ../../nbs/15b_report.board.ipynb #7daf90de
 def with_intervals(
     t:pd.DataFrame, # with score, low, high
     score:str='score', # column that the interval belongs to
@@ -234,6 +242,7 @@ def with_intervals(
     out.insert(at+1, 'drawn', [interval(l, m, h, span) for l,m,h in rows])
     return out, dict(drawn=lambda v: v)
 
+# %% ../../nbs/15b_report.board.ipynb #af0bedf9
 COLUMNS = 'experiment model metric score low high accuracy spread folds px minutes'.split() # what counts stands where a phone shows it
 
 def board_table(
@@ -249,6 +258,7 @@ def board_table(
     names = dict(px='pixels', score=metric_words(metric) if metric else 'score', interval='95 % interval', drawn='', spread='spread of the folds', accuracy='accuracy (%)', minutes='training (minutes)')
     return table(t, shows, names)
 
+# %% ../../nbs/15b_report.board.ipynb #394cf138
 def runs_table(
     board:pd.DataFrame, # from `leaderboard`
     metric:str, # its scored metric

@@ -6,7 +6,7 @@
 __all__ = ['error_correlation', 'plot_correlation', 'member_gains', 'ensemble_gains', 'plot_gains']
 
 # %% ../../nbs/15f_report.members.ipynb #2769e927
-from ..core import *
+from ..core import CarnbError, ConfigError
 from dataclasses import replace
 import numpy as np, pandas as pd
 from ..metrics import METRICS
@@ -102,6 +102,7 @@ def plot_gains(
     t = table.iloc[::-1]
     fig,ax = plt.subplots(figsize=(7, .8+.3*len(t)), layout='constrained')
     ax.barh([drawn(m, 40) for m in t.member], t.gain, xerr=[t.gain-t.low, t.high-t.gain], color=['C0' if l > 0 else '.7' for l in t.low], error_kw=dict(lw=1, capsize=3))
-    ax.axvline(0, color='k', lw=.8); ax.tick_params(labelsize=8)
+    ax.axvline(0, color='k', lw=.8)
+    ax.tick_params(labelsize=8)
     ax.set(xlabel=f'{metric} that the others lose without it (grey: interval reaches 0)')
     return ax

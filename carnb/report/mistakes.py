@@ -6,7 +6,7 @@
 __all__ = ['worst_photos', 'show_photos', 'file_line', 'said_lines', 'photo_cards', 'confident_joint', 'suspect_labels']
 
 # %% ../../nbs/15d_report.mistakes.ipynb #4d52bc61
-from ..core import * # before torch: see OMP_WAIT_POLICY there
+import carnb.core  # before torch: see OMP_WAIT_POLICY there
 import numpy as np, pandas as pd
 from ..data import Competition, read_image
 from ..metrics import check_probs, log_losses
@@ -36,7 +36,7 @@ def show_photos(
     import matplotlib.pyplot as plt
     rows = max(1, -(-len(table)//cols))
     fig,axs = plt.subplots(rows, cols, figsize=(2.6*cols, 2.25*rows), squeeze=False, layout='constrained')
-    path = comp.items.set_index('id').path
+    path = comp.train.set_index('id').path
     for ax in axs.flat: ax.axis('off')
     for ax,r in zip(axs.flat, table.itertuples()):
         ax.imshow(read_image(comp.data_dir/path[r.id], min_size=(160, 240)))
@@ -51,6 +51,7 @@ def file_line(
     "Which photo it is; said once where the id is the path"
     return html('<span class="fine">{}{}</span>', '' if str(id) == str(path) else f'id {id} · ', breakable(path))
 
+# %% ../../nbs/15d_report.mistakes.ipynb #94746fd2
 def said_lines(
     r, # a row of `worst_photos` or `suspect_labels`
     path, # of the photo, below the data folder
@@ -60,12 +61,13 @@ def said_lines(
     return [breakable(r.true), html('<span class="said">said: {} ({})</span>', breakable(r.said), percent(r.said_prob, 0)),
             f'probability of the label: {percent(r.true_prob)}{loss}', file_line(r.id, path)]
 
+# %% ../../nbs/15d_report.mistakes.ipynb #1ea02826
 def photo_cards(
     table:pd.DataFrame, # from `worst_photos` or `suspect_labels`
     comp:Competition, # where the photos are
 ): # `Markup`
     "The photos of a table for a page"
-    path, cards = comp.items.set_index('id').path, []
+    path, cards = comp.train.set_index('id').path, []
     for r in table.itertuples():
         image = photo(read_image(comp.data_dir/path[r.id], min_size=(240, 360)), f'photo {r.id}: {r.true}')
         cards.append(card([image], said_lines(r, path[r.id]), r.true != r.said))

@@ -8,7 +8,7 @@ __all__ = ['STYLE', 'SCRIPT', 'short', 'drawn', 'number', 'percent', 'html', 'jo
            'page_html', 'write_page']
 
 # %% ../../nbs/15a_report.page.ipynb #7b00c7f4
-from ..core import * # before torch: see OMP_WAIT_POLICY there
+from ..core import CarnbError, use_korean_font, write_text  # before torch: see OMP_WAIT_POLICY there
 import base64, contextlib, functools, hashlib, io, unicodedata
 from pathlib import Path
 from urllib.parse import quote
@@ -20,6 +20,7 @@ from ..checkpoint import disk_message
 # %% ../../nbs/15a_report.page.ipynb #a28f17d8
 def _wide(c): return 2 if unicodedata.east_asian_width(c) in 'WF' else 1
 
+# %% ../../nbs/15a_report.page.ipynb #fd3176b8
 def short(
     name:str, # of a class
     n:int=24, # columns it may take; Hangul takes two
@@ -55,6 +56,7 @@ def number(
     s = f'{float(x):{"+" if sign else ""},.{digits}f}'
     return s if any(c in '123456789' for c in s) or 'inf' in s else s.lstrip('+-')
 
+# %% ../../nbs/15a_report.page.ipynb #a4f634b2
 def percent(x, digits:int=1)->str:
     "A share in percent"
     return f'{number(100*x, digits)} %' if number(x) else ''
@@ -67,10 +69,12 @@ def html(
     "A template with its holes filled"
     return Markup(template).format(*args, **kwargs)
 
+# %% ../../nbs/15a_report.page.ipynb #d934114f
 def joined(parts, between='')->Markup: # of texts and `Markup`
     "Pieces one after the other, each escaped if it has to be"
     return Markup(between).join(parts)
 
+# %% ../../nbs/15a_report.page.ipynb #dafa8f59
 def breakable(
     text, # a name, a path
 )->Markup:
@@ -82,12 +86,14 @@ def breakable(
 # %% ../../nbs/15a_report.page.ipynb #b85378a7
 def is_number(v)->bool: return isinstance(v, (int, float, np.number)) and not isinstance(v, (bool, np.bool_))
 
+# %% ../../nbs/15a_report.page.ipynb #e1caa746
 def _cell(v, show):
     "A value as a table cell; numbers carry themselves for sorting"
     t = show(v) if show else breakable('' if v is None or v is pd.NA or v != v else v)
     if not is_number(v): return html('<td class="{}">{}</td>', 'long' if not isinstance(v, Markup) and len(str(v)) > 48 else '', t)
     return html('<td class="num" data-v="{}">{}</td>', '' if v != v else repr(float(v)), t)
 
+# %% ../../nbs/15a_report.page.ipynb #e9a55a09
 def table(
     df, # a row per line
     shows:dict|None=None, # column -> function of a value that gives its text, or pieces of a page
@@ -115,6 +121,7 @@ def interval(
     return html('<svg class="whisker" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="{} to {}">'
                 '<line x1="{:.1f}" x2="{:.1f}" y1="5" y2="5"/><rect x="{:.1f}" y="1" width="2" height="8"/></svg>', number(low), number(high), x[0], x[2], x[1]-1)
 
+# %% ../../nbs/15a_report.page.ipynb #4181a173
 def heat(
     values:pd.DataFrame, # shares from 0 to 1, with names of rows and columns
     show=percent, # text of a value; '' hides it
@@ -140,6 +147,7 @@ def photo(
     ok, jpeg = cv2.imencode('.jpg', np.ascontiguousarray(pixels[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 85])
     return html('<img alt="{}" width="{}" height="{}" src="data:image/jpeg;base64,{}">', alt, *pixels.shape[1::-1], base64.b64encode(jpeg).decode())
 
+# %% ../../nbs/15a_report.page.ipynb #cbc45508
 def card(
     images, # `Markup` of one or more images, side by side
     lines, # texts below, the first one is the largest
@@ -149,10 +157,12 @@ def card(
     said = joined(html('<div>{}</div>', l) for l in lines)
     return html('<figure class="{}"><div class="images">{}</div><figcaption>{}</figcaption></figure>', 'wrong' if wrong else '', joined(images), said)
 
+# %% ../../nbs/15a_report.page.ipynb #dc79a83d
 def gallery(cards, wide:bool=False)->Markup: # as many columns as fit
     "Cards beside each other"
     return html('<div class="gallery{}">{}</div>', ' broad' if wide else '', joined(cards))
 
+# %% ../../nbs/15a_report.page.ipynb #38859ec0
 def picture_pair(
     draw, # function without arguments that draws and returns the figure
     alt:str, # what it shows
@@ -245,12 +255,14 @@ def writing(
         file = e.filename2 or e.filename
         raise CarnbError(disk_message(e, folder) + (f' ({Path(file).name})' if file else '')) from None
 
+# %% ../../nbs/15a_report.page.ipynb #f4fedeb8
 def facts(
     pairs, # (what, value) or (what, value, 'first') for what counts most
 )->Markup:
     "The figures on top of a page"
     return html('<div class="facts">{}</div>', joined(html('<div class="{}"><span>{}</span><b>{}</b></div>', p[2] if len(p) > 2 else '', p[0], p[1]) for p in pairs))
 
+# %% ../../nbs/15a_report.page.ipynb #40c53bdf
 def link(
     path, # below the folder of the page
     name=None, # what is shown; None: the path
@@ -279,6 +291,7 @@ def page_html(
                 policy, breakable(title).striptags(), font, Markup(STYLE), words, Markup(SCRIPT))
     return str(page).encode('utf8', 'replace').decode()
 
+# %% ../../nbs/15a_report.page.ipynb #056d2402
 def write_page(
     path, # HTML file
     *args, **kwargs # of `page_html`

@@ -6,7 +6,7 @@
 __all__ = ['confused_pairs', 'class_table', 'confusion_table', 'plot_confusion']
 
 # %% ../../nbs/15c_report.pairs.ipynb #b6043106
-from ..core import * # before torch: see OMP_WAIT_POLICY there
+import carnb.core  # before torch: see OMP_WAIT_POLICY there
 import numpy as np, pandas as pd
 from ..metrics import confusion_matrix, f1_per_class, log_losses
 from .page import drawn
@@ -51,6 +51,7 @@ def _beside(share):
     d = squareform(1-np.clip(share+share.T, 0, 1), checks=False)
     return leaves_list(optimal_leaf_ordering(linkage(d, 'average'), d))
 
+# %% ../../nbs/15c_report.pairs.ipynb #96c74c71
 def confusion_table(
     probs, # (n, C)
     targets, # (n,)
