@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['FLOOR', 'MERGES', 'METHODS', 'DEFAULT_METHODS', 'RESULT_FILES', 'NEEDED', 'Logits', 'Probs', 'merge_views', 'temper',
-           'fit_temperature', 'optimise_weights', 'weights_gap', 'optimise_log_pool', 'optimise_stack',
-           'greedy_selection', 'search_offsets', 'Blend', 'log_blend', 'refine_weights', 'fit_blend', 'Models',
-           'finished_models', 'checked_head', 'checked_heads', 'class_problems', 'fold_table', 'photo_problems',
-           'labels_of', 'target_problems', 'common_folds', 'test_problems', 'view_problems', 'shared_views',
-           'load_models', 'lined_up', 'choose_views', 'best_views', 'outer_parts', 'candidates', 'cross_fit', 'Scored',
-           'score_candidates', 'nested_log_probs', 'leaders', 'combinations_table', 'chosen_row', 'nested_choice',
-           'read_csv_member', 'submission_names', 'compare_with_data', 'number', 'counted', 'rounded', 'shown_path',
-           'check_ensemble', 'given_weights', 'views_hint', 'top_models', 'no_better_than_guessing', 'choose',
-           'summarise', 'disk_errors', 'array_stamp', 'inputs_of', 'write_ensemble', 'result_problems',
-           'summary_problems', 'read_ensemble', 'stale_inputs', 'make_ensemble', 'verdict', 'expectation',
-           'plot_scores', 'plot_weights', 'plot_reliability']
+           'fit_temperature', 'held', 'reduced', 'optimise_weights', 'weights_gap', 'optimise_log_pool',
+           'optimise_stack', 'greedy_selection', 'search_offsets', 'Blend', 'log_blend', 'refine_weights', 'fit_blend',
+           'Models', 'finished_models', 'checked_head', 'checked_heads', 'class_problems', 'fold_table',
+           'photo_problems', 'labels_of', 'target_problems', 'common_folds', 'test_problems', 'view_problems',
+           'shared_views', 'load_models', 'lined_up', 'choose_views', 'best_views', 'outer_parts', 'candidates',
+           'cross_fit', 'Scored', 'nothing_scored', 'score_candidates', 'nested_log_probs', 'leaders',
+           'combinations_table', 'chosen_row', 'nested_choice', 'read_csv_member', 'submission_names',
+           'compare_with_data', 'number', 'counted', 'rounded', 'shown_path', 'check_ensemble', 'given_weights',
+           'views_hint', 'top_models', 'no_better_than_guessing', 'choose', 'summarise', 'disk_errors', 'array_stamp',
+           'inputs_of', 'write_ensemble', 'result_problems', 'summary_problems', 'read_ensemble', 'stale_inputs',
+           'make_ensemble', 'verdict', 'expectation', 'plot_scores', 'plot_weights', 'plot_reliability']
 
 # %% ../nbs/13_ensemble.ipynb #fcbf7ece
 import contextlib, functools, hashlib, json, typing, zipfile
@@ -27,8 +27,7 @@ from .core import project_root, raise_problems, resolve_path, runs_dir, safe_nam
 from .run import Run, find_runs, is_run_folder, read_file, read_record, write_record
 from .data import nfc, read_merges, read_meta, read_table
 from .identity import compare_data
-from .metrics import bootstrap_interval, bootstrap_metric, check_probs, expected_calibration_error, get_metric, log_loss
-from .metrics import log_softmax, macro_f1, paired_bootstrap, reliability, softmax
+from .metrics import check_probs, expected_calibration_error, get_metric, log_loss, log_softmax, Metric, reliability, softmax
 from fastcore.basics import AttrDict
 from .tasks import get_task, read_items, task_of, task_problems
 
@@ -111,6 +110,28 @@ def fit_temperature(
         beta, step = float(new), abs(new - beta)
         if step < 1e-6*beta: break
     return 1/beta
+
+# %% ../nbs/13_ensemble.ipynb #edd1c1f6
+def held(
+    metric:Metric, # from `get_metric`
+    log_probs, # (n, C)
+    targets, # (n,) class indices
+)->np.ndarray: # see `Metric.held`
+    "What the score needs of log-probabilities"
+    if metric.of_true: return metric.of_true(log_probs[np.arange(len(targets)), targets])
+    if metric.wants == 'labels': return log_probs.argmax(1)
+    return metric.held(softmax(log_probs.astype('f8')), targets)
+
+# %% ../nbs/13_ensemble.ipynb #1ccbe3b5
+def reduced(
+    metric:Metric, # from `get_metric`
+    probs, # (M, n, C)
+    targets, # (n,) class indices
+)->tuple: # probabilities (M, n, C), or of the true class (M, n); function that scores a mean of them
+    "As few numbers as the score of a mean over models needs"
+    if metric.of_true is None: return probs, lambda p: metric.score(metric.held(p, targets), targets)
+    true = probs[:, np.arange(len(targets)), targets].astype('f8')
+    return true, lambda p: float(metric.of_true(np.log(np.maximum(p, FLOOR))).mean())
 
 # %% ../nbs/13_ensemble.ipynb #377b6e71
 def _root(H):
@@ -220,21 +241,19 @@ def greedy_selection(
     targets, # (n,) class indices
     metric:str='log_loss', # key of METRICS
     steps:int=40, # additions at most
+    patience:int=10, # additions without a gain after which nothing more is tried
 )->np.ndarray: # (M,) positive, sum 1
     "Weights by forward selection with replacement"
-    metric, M, b = get_metric(metric), len(probs), np.arange(len(targets))
-    if metric.name == 'log_loss':
-        probs = probs[:, b, targets].astype('f8') # all that is needed
-        score = lambda s, k: -np.log(np.maximum(s/k, FLOOR)).mean()
-    else: score = lambda s, k: metric.fn(s.argmax(1), targets)
-    total, counts, best, stale = 0., np.zeros(M), None, 0
+    metric, counts, best, stale = get_metric(metric), np.zeros(len(probs)), None, 0
+    probs, score = reduced(metric, probs, targets)
+    total = 0.
     for k in range(1, steps+1):
-        scores = [score(total+p, k) for p in probs]
+        scores = [score((total+p)/k) for p in probs]
         m = metric.best(scores)
         total, counts[m] = total+probs[m], counts[m]+1
+        stale += 1
         if best is None or metric.better(scores[m], best[0]): best, stale = (scores[m], counts/k), 0
-        else: stale += 1
-        if stale >= 10: break
+        if stale >= patience: break
     return best[1]
 
 # %% ../nbs/13_ensemble.ipynb #49b26d3c
@@ -243,20 +262,20 @@ def search_offsets(
     targets, # (n,) class indices
     grid=tuple(np.linspace(-1.5, 1.5, 13)), # offsets tried
     rounds:int=2, # times through the classes
+    metric:str='macro_f1', # key of METRICS, one that wants labels
 )->np.ndarray: # (C,) added to log-probabilities
-    "Offset per class with the highest macro-F1"
-    x = np.array(log_probs, dtype='f4')
-    b = np.zeros(x.shape[1])
-    best = macro_f1(x, targets)
+    "Offset per class with the best score"
+    met, x = get_metric(metric), np.array(log_probs, dtype='f4')
+    b, best = np.zeros(x.shape[1]), met.fn(x.argmax(1), targets)
     for _ in range(rounds):
         before = best
         for c in range(x.shape[1]):
             own, x[:,c] = x[:,c].copy(), -np.inf
             rest, label = x.max(1), x.argmax(1)
-            scores = [macro_f1(np.where(own+v > rest, c, label), targets) for v in grid]
-            k = int(np.argmax(scores))
-            x[:,c] = own
-            if scores[k] > best + 1e-9: best, b[c], x[:,c] = scores[k], b[c]+grid[k], own+np.float32(grid[k])
+            scores = [met.fn(np.where(own+v > rest, c, label), targets) for v in grid]
+            k, x[:,c] = met.best(scores), own
+            if not met.better(scores[k], best) or abs(scores[k]-best) <= 1e-9: continue
+            best, b[c], x[:,c] = scores[k], b[c]+grid[k], own+np.float32(grid[k])
         if best == before: break
     return b
 
@@ -338,6 +357,15 @@ METHODS = dict(
     stack='regularised multinomial regression', offsets='equal weights, offset per class (macro-F1)')
 DEFAULT_METHODS = tuple(k for k in METHODS if k != 'stack') # stacking is opt-in: slow, and rarely worth it
 
+# %% ../nbs/13_ensemble.ipynb #e13f0001
+def _fitted_weights(method, log_probs, targets, weights, T, metric):
+    "(M,) weights of the methods that are a weight per model"
+    M = len(log_probs)
+    if method in ('single', 'given'): return np.asarray(weights, dtype='f8')/np.sum(weights)
+    if method == 'greedy': return greedy_selection(_probs(log_probs, T), targets, metric)
+    if method != 'linear': return np.full(M, 1/M)
+    return optimise_weights(np.stack([_true(x, targets, 1. if T is None else T[m]) for m,x in enumerate(log_probs)]))
+
 # %% ../nbs/13_ensemble.ipynb #ca6a0cae
 def fit_blend(
     method:str, # key of METHODS
@@ -345,24 +373,24 @@ def fit_blend(
     targets, # (n,) class indices
     weights=None, # (M,) for given and single
     temperatures=None, # (M,) from `fit_temperature` on the same photos; None: no temperatures
-    metric:str='log_loss', # for greedy
+    metric:str='log_loss', # for greedy; for offsets where it wants labels
 )->Blend:
     "Fit one method"
-    if method not in METHODS: raise ConfigError(f'methods: {method!r} is unknown{did_you_mean(method, METHODS)}; there is {", ".join(METHODS)}')
-    M, T = len(log_probs), temperatures
+    if method not in METHODS:
+        raise ConfigError(f'methods: {method!r} is unknown{did_you_mean(method, METHODS)}; there is {", ".join(METHODS)}')
+    T = temperatures
     if method == 'log': return log_blend(optimise_log_pool(log_probs, targets))
     if method == 'stack':
         w, bias = optimise_stack(log_probs, targets)
         return Blend('log', w, bias=bias)
-    if method in ('single', 'given'): w = np.asarray(weights, dtype='f8')/np.sum(weights)
-    elif method == 'greedy': w = greedy_selection(_probs(log_probs, T), targets, metric)
-    elif method == 'linear':
-        w = optimise_weights(np.stack([_true(x, targets, 1. if T is None else T[m]) for m,x in enumerate(log_probs)]))
-        if T is not None: return _refined(log_probs, targets, (w, np.full(M, 1/M)), T)
-    else: w = np.full(M, 1/M)
-    blend = Blend(method if method in ('hard', 'rank') else 'linear', w, None if method in ('hard', 'rank') else T)
+    w = _fitted_weights(method, log_probs, targets, weights, T, metric)
+    if method == 'linear' and T is not None: return _refined(log_probs, targets, (w, np.full(len(w), 1/len(w))), T)
+    votes = method in ('hard', 'rank')
+    blend = Blend(method if votes else 'linear', w, None if votes else T)
     if T is not None: blend = replace(blend, temperature=fit_temperature(blend.pool(log_probs), targets))
-    return replace(blend, bias=search_offsets(blend(log_probs), targets)) if method == 'offsets' else blend
+    if method != 'offsets': return blend
+    scored = dict(metric=metric) if get_metric(metric).wants == 'labels' else {}
+    return replace(blend, bias=search_offsets(blend(log_probs), targets, **scored))
 
 # %% ../nbs/13_ensemble.ipynb #25720484
 def _refined(log_probs, targets, starts, T):
@@ -378,7 +406,9 @@ def _refined(log_probs, targets, starts, T):
     return Blend('linear', w, T, t)
 
 # %% ../nbs/13_ensemble.ipynb #d6f6da83
-def _probs(log_probs, T): return np.stack([np.exp(temper(x, 1. if T is None else T[m])) for m,x in enumerate(log_probs)])
+def _probs(log_probs, T):
+    "(M, n, C) probabilities, with the temperatures where there are some"
+    return np.stack([np.exp(temper(x, 1. if T is None else T[m])) for m,x in enumerate(log_probs)])
 
 # %% ../nbs/13_ensemble.ipynb #0e89e72b
 def _true(x, targets, T):
@@ -697,11 +727,8 @@ def choose_views(
     metric:str='log_loss', # key of METRICS
 )->list[int]: # indices, best first
     "Views whose mean has the best score, by forward selection"
-    metric, b = get_metric(metric), np.arange(len(targets))
-    if metric.name == 'log_loss':
-        probs = probs[:, b, targets].astype('f8')
-        score = lambda p: -np.log(np.maximum(p, FLOOR)).mean()
-    else: score = lambda p: metric.fn(p, targets)
+    metric = get_metric(metric)
+    probs, score = reduced(metric, probs, targets)
     chosen, best = [], metric.worst
     while rest := [v for v in range(len(probs)) if v not in chosen]:
         scores = [score(probs[chosen+[v]].mean(0)) for v in rest]
@@ -740,14 +767,14 @@ def candidates(
     metric:str='log_loss', # scored metric
 )->dict: # name -> function of (log_probs, targets, temperatures)
     "What competes: every single model, with and without temperature, and every method"
-    res, M = {}, len(models)
-    def add(name, method, w=None, use_T=temperature):
+    res, M, weights = {}, len(models), models.weights if weights is None else weights
+    def add(name, method, w, use_T=temperature):
         res[name] = lambda L, t, T: fit_blend(method, L, t, w, T if use_T else None, metric)
     for m,n in enumerate(models.names):
         add(n, 'single', np.eye(M)[m], False)
-        if temperature and metric == 'log_loss': add(f'{n}, temperature', 'single', np.eye(M)[m])
+        if temperature and get_metric(metric).wants == 'probs': add(f'{n}, temperature', 'single', np.eye(M)[m])
     for k in methods:
-        if k != 'single' and M > 1 or k == 'offsets': add(k, k, models.weights if weights is None else weights)
+        if k != 'single' and M > 1 or k == 'offsets': add(k, k, weights)
     return res
 
 # %% ../nbs/13_ensemble.ipynb #3af6f1f7
@@ -775,31 +802,43 @@ def cross_fit(
 # %% ../nbs/13_ensemble.ipynb #3d3d53cd
 @dataclass
 class Scored:
-    "What a score needs of predictions: each photo's loss and most probable class"
-    losses: np.ndarray # (n,)
-    labels: np.ndarray # (n,)
-    def put(self, rows, log_probs, targets):
-        self.losses[rows] = -np.clip(log_probs[np.arange(len(rows)), targets[rows]], np.log(FLOOR), np.log1p(-FLOOR))
-        self.labels[rows] = log_probs.argmax(1)
-    def part(self, rows): return Scored(self.losses[rows], self.labels[rows])
-    def score(self, metric, targets): return float(self.losses.mean()) if metric == 'log_loss' else get_metric(metric).fn(self.labels, targets)
-    def interval(self, metric, targets, groups, n, seed, other=None):
-        "Bootstrap interval of the score, or of the difference to `other`"
-        if metric == 'log_loss': return paired_bootstrap(self.losses, other.losses, groups, n, seed) if other else bootstrap_interval(self.losses, groups, n, seed)
-        return bootstrap_metric(get_metric(metric).fn, self.labels, targets, other.labels if other else None, groups, min(n, 500), seed)
+    "What a metric needs of predictions, photo by photo"
+    metric: Metric # from `get_metric`
+    held: np.ndarray # (n,) or (n, C), see `Metric.held`
+    def put(self, rows, log_probs, targets): self.held[rows] = held(self.metric, log_probs, targets[rows])
+    def part(self, rows): return replace(self, held=self.held[rows])
+    def score(self, targets): return self.metric.score(self.held, targets)
+    def interval(self, targets, groups, n, seed, other=None):
+        "Bootstrap interval of the score, or of the difference to `other`; at most 500 resamples where each costs a whole metric"
+        n = n if self.metric.averaged else min(n, 500)
+        return self.metric.interval(self.held, targets, groups, n, seed, None if other is None else other.held)
+
+# %% ../nbs/13_ensemble.ipynb #e13f0002
+def nothing_scored(
+    metric:str, # key of METRICS
+    n:int, # photos
+    n_classes:int, # classes
+)->Scored: # to be filled by `put`
+    "Room for what the metric needs"
+    m = get_metric(metric)
+    shape = (n, n_classes) if m.wants == 'probs' and m.per_photo is None else n
+    return Scored(m, np.zeros(shape, int if m.wants == 'labels' else float))
 
 # %% ../nbs/13_ensemble.ipynb #a1800567
 def score_candidates(
     models:Models,
     fits:dict, # from `candidates`
-    **kwargs # of `cross_fit`
+    views=None, # as in `cross_fit`
+    metric:str='log_loss', # scored metric
+    parts=None, # as in `cross_fit`
+    temperature:bool=True, # whether temperatures are needed
 )->tuple[dict, dict]: # name -> Scored, name -> list of (rows, Blend, views), one per part
-    "Run `cross_fit`; keep losses, labels and the fitted blends"
-    n, scored, blends = len(models.ids), {}, {}
-    for rows,name,blend,views,lp in cross_fit(models, fits, **kwargs):
-        if name not in scored: scored[name], blends[name] = Scored(np.zeros(n), np.zeros(n, int)), []
+    "Run `cross_fit`; keep what the metric needs and the fitted blends"
+    scored, blends = {}, {}
+    for rows,name,blend,used,lp in cross_fit(models, fits, views, metric, parts, temperature):
+        if name not in scored: scored[name], blends[name] = nothing_scored(metric, len(models.ids), len(models.classes)), []
         scored[name].put(rows, lp, models.targets)
-        blends[name].append((rows, blend, views))
+        blends[name].append((rows, blend, used))
     return scored, blends
 
 # %% ../nbs/13_ensemble.ipynb #04b2f398
@@ -814,15 +853,14 @@ def leaders(
     models:Models,
     tuned:dict, # name -> Scored on the photos they were tuned on
     nested:dict, # name -> Scored, nested
-    metric:str='log_loss', # scored metric
     singles:bool=True, # whether a single model may be chosen
     rows=slice(None), # photos that may be looked at
 )->tuple[str, str]: # the best combination, the best single model
     "Names of the best nested scores among those that are fair"
-    met, t = get_metric(metric), models.targets[rows]
-    flat = {n: s.part(rows).score(metric, t) for n,s in tuned.items()}
-    score = {n: s.part(rows).score(metric, t) for n,s in nested.items()}
-    bar = min((flat[n] for n in models.names), key=lambda v: v if met.lower_is_better else -v)
+    met, t = nested[models.names[0]].metric, models.targets[rows]
+    flat = {n: s.part(rows).score(t) for n,s in tuned.items()}
+    score = {n: s.part(rows).score(t) for n,s in nested.items()}
+    bar = flat[models.names[met.best([flat[n] for n in models.names])]]
     fair = [n for n in nested if not met.better(bar, flat[n])]
     alone = [n for n in nested if n.removesuffix(', temperature') in models.names]
     together = [n for n in nested if n not in alone]
@@ -834,30 +872,28 @@ def combinations_table(
     models:Models,
     tuned:dict, # name -> Scored on the photos they were tuned on
     nested:dict, # name -> Scored, nested
-    metric:str='log_loss', # scored metric
     n_boot:int=2000, # bootstrap resamples
     seed:int=42, # of the bootstrap
     singles:bool=True, # whether a single model may be chosen
 )->pd.DataFrame: # a row per combination, best nested score first; `note` marks best and near-ties
     "Scores with intervals, and the choice"
-    met, t, g = get_metric(metric), models.targets, models.groups
-    best, single = leaders(models, tuned, nested, metric, singles)
-    rows = []
+    t, by = models.targets, (models.targets, models.groups, n_boot, seed)
+    best, single = leaders(models, tuned, nested, singles)
+    rows, notes = [], dict.fromkeys(nested, ()) | {single: ('best single',)}
     for name,s in nested.items():
-        i, d = s.interval(metric, t, g, n_boot, seed), s.interval(metric, t, g, n_boot, seed, nested[single])
-        scores = dict(same_photos=tuned[name].score(metric, t), nested=s.score(metric, t), low=i.low, high=i.high)
+        i, d, to_best = s.interval(*by), s.interval(*by, nested[single]), s.interval(*by, nested[best])
+        scores = dict(same_photos=tuned[name].score(t), nested=s.score(t), low=i.low, high=i.high)
         rows.append(dict(combination=name, **scores, vs_single=d.mean, vs_low=d.low, vs_high=d.high, note=''))
-    table = pd.DataFrame(rows).sort_values('nested', ascending=met.lower_is_better, kind='stable', ignore_index=True)
-    notes = dict.fromkeys(nested, ())
-    notes[single] = ('best single',)
-    for n in nested:
-        d = nested[n].interval(metric, t, g, n_boot, seed, nested[best])
-        if n != best and d.low <= 0 <= d.high: notes[n] += ('near-tie',)
+        if name != best and to_best.low <= 0 <= to_best.high: notes[name] += ('near-tie',)
     notes[best] = ('best', *notes[best])
+    lower = nested[best].metric.lower_is_better
+    table = pd.DataFrame(rows).sort_values('nested', ascending=lower, kind='stable', ignore_index=True)
     return table.assign(note=['; '.join(notes[n]) for n in table.combination])
 
 # %% ../nbs/13_ensemble.ipynb #4d3edbe5
-def chosen_row(table): return table[table.note.str.split('; ').str[0] == 'best'].iloc[0]
+def chosen_row(table):
+    "The row of the best combination"
+    return table[table.note.str.split('; ').str[0] == 'best'].iloc[0]
 
 # %% ../nbs/13_ensemble.ipynb #e13a0013
 def nested_choice(
@@ -865,16 +901,14 @@ def nested_choice(
     tuned:dict, # name -> Scored on the photos they were tuned on
     nested:dict, # name -> Scored, nested
     parts, # from `outer_parts`
-    metric:str='log_loss', # scored metric
     singles:bool=True, # whether a single model may be chosen
 )->tuple[Scored, Scored]: # of the choice, of the best single model
     "What the choice scores on photos that it has not been made on"
-    n = len(models.targets)
-    res = tuple(Scored(np.zeros(n), np.zeros(n, int)) for _ in range(2))
+    first = nested[models.names[0]]
+    res = tuple(replace(first, held=np.zeros_like(first.held)) for _ in range(2))
     for k in np.unique(parts):
         rest, rows = np.flatnonzero(parts != k), np.flatnonzero(parts == k)
-        for out,name in zip(res, leaders(models, tuned, nested, metric, singles, rest)):
-            out.losses[rows], out.labels[rows] = nested[name].losses[rows], nested[name].labels[rows]
+        for out,name in zip(res, leaders(models, tuned, nested, singles, rest)): out.held[rows] = nested[name].held[rows]
     return res
 
 # %% ../nbs/13_ensemble.ipynb #79a79624
@@ -1023,16 +1057,16 @@ def views_hint(
     "Say so when some of the views are clearly better than all of them (nested)"
     if len(models.views) < 2: return ''
     p, t, parts = models.view_probs(), models.targets, outer_parts(models, seed)
-    every, some = (Scored(np.zeros(len(t)), np.zeros(len(t), int)) for _ in range(2))
+    every, some = (nothing_scored(metric, *p.shape[1:]) for _ in range(2))
     for k in np.unique(parts):
         rows, train = np.flatnonzero(parts == k), np.flatnonzero(parts != k)
         every.put(rows, np.log(p[:, rows].mean(0)), t)
         some.put(rows, np.log(p[choose_views(p[:, train], t[train], metric)][:, rows].mean(0)), t)
-    d = some.interval(metric, t, models.groups, n_boot, seed, every)
+    d = some.interval(t, models.groups, n_boot, seed, every)
     if not (d.high < 0 if get_metric(metric).lower_is_better else d.low > 0): return ''
     by = f'difference {number(d.mean, "+.4f")}, 95 % interval {number(d.low, "+.4f")} to {number(d.high, "+.4f")}; nested'
     names = ', '.join(best_views(models, metric))
-    return f'views: {names} score {some.score(metric, t):.4f} against {every.score(metric, t):.4f} with all {len(p)} ({by}): -p views best'
+    return f'views: {names} score {some.score(t):.4f} against {every.score(t):.4f} with all {len(p)} ({by}): -p views best'
 
 # %% ../nbs/13_ensemble.ipynb #e13a0022
 def top_models(
@@ -1058,7 +1092,8 @@ def no_better_than_guessing(
     metric:str, # key of METRICS
 )->str: # a line to print, or an empty string
     "Say so when a uniform guess would do as well"
-    guess, met = np.log(n_classes) if metric == 'log_loss' else 1/n_classes, get_metric(metric)
+    met = get_metric(metric)
+    guess = met.guess(n_classes)
     if met.better(score, guess - 1e-3 if met.lower_is_better else guess + 1e-3): return ''
     return (f'NOTHING LEARNED: {metric} {number(score)}, a uniform guess has {guess:.4f}; no combination helps. '
             'Look at the curves of the training (history.csv), and whether labels and photos belong together (carnb check)')
@@ -1075,17 +1110,16 @@ def choose(
     seed:int=42, # of bootstrap and random parts
 )->AttrDict: # table, chosen, blend, views, oof, choice (score), expected and difference (intervals)
     "Score every combination, pick one, and score the pick"
-    common, parts, t = dict(views=views, metric=metric, temperature=temperature), outer_parts(models, seed), models.targets
-    tuned, fitted = score_candidates(models, fits, **common)
-    nested, apart = score_candidates(models, fits, parts=parts, **common)
-    table = combinations_table(models, tuned, nested, metric, n_boot, seed, singles)
+    common, parts, t = (views, metric), outer_parts(models, seed), models.targets
+    tuned, fitted = score_candidates(models, fits, *common, None, temperature)
+    nested, apart = score_candidates(models, fits, *common, parts, temperature)
+    table = combinations_table(models, tuned, nested, n_boot, seed, singles)
     chosen = chosen_row(table).combination
     _, blend, used = fitted[chosen][0]
-    ours, single = nested_choice(models, tuned, nested, parts, metric, singles)
-    by = metric, t, models.groups, n_boot, seed
-    scores = dict(choice=ours.score(metric, t), single=single.score(metric, t))
-    return AttrDict(table=table, chosen=chosen, blend=blend, views=used, oof=nested_log_probs(models, apart[chosen]), **scores,
-                    expected=ours.interval(*by), difference=ours.interval(*by, single))
+    ours, single = nested_choice(models, tuned, nested, parts, singles)
+    by = t, models.groups, n_boot, seed
+    scores = dict(choice=ours.score(t), single=single.score(t), expected=ours.interval(*by), difference=ours.interval(*by, single))
+    return AttrDict(table=table, chosen=chosen, blend=blend, views=used, oof=nested_log_probs(models, apart[chosen]), **scores)
 
 # %% ../nbs/13_ensemble.ipynb #e13a0027
 def _add_csvs(res, csvs, share):
@@ -1263,7 +1297,6 @@ def make_ensemble(
     merge:str='probs', # see `merge_views`
     n_boot:int=2000, # bootstrap resamples
     seed:int=42, # of bootstrap and random parts
-    **ignored # other parameters of the stage
 )->AttrDict: # models, table, chosen (name), choice, blend, views, oof (nested log-probabilities), test (probabilities), summary, ...
     "Choose the best combination of an experiment by its nested score and write it"
     csvs = [m for m in members if str(m).lower().endswith('.csv')]
@@ -1272,7 +1305,7 @@ def make_ensemble(
     task = task_of([r for runs in models.runs for r in runs], task)
     compare_with_data(experiment, models, task, data_dir)
     metric = get_task(task).metric
-    methods = [m for m in methods if m != 'offsets' or metric == 'macro_f1']
+    methods = [m for m in methods if m != 'offsets' or get_metric(metric).counts_classes]
     names = _views(models, views)
     models = top_models(models, members, names, metric)
     settings = dict(members=list(members), methods=list(methods), temperature=temperature, views=views, seed=seed, n_boot=n_boot)

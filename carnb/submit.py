@@ -21,7 +21,7 @@ from .core import atomic_path, ConfigError, DamagedFile, DataError, did_you_mean
 from .core import save_npz, use_korean_font, write_csv
 from .run import find_runs
 from .data import Competition, nfc, read_merges, read_table, Template
-from .metrics import METRICS
+from .metrics import get_metric, METRICS
 from .run import read_record, write_record
 from .identity import compare_data
 from .ensemble import counted, disk_errors, expectation, read_ensemble, shown_path, stale_inputs
@@ -156,7 +156,7 @@ def check_submission(
     source, # path or bytes of the file
     template:Template, # what it must look like
     classes=None, # allowed labels, for label templates
-    metric:str='log_loss', # a zero is an error only here
+    metric:str='log_loss', # key of METRICS; a zero is an error where it costs without limit
     sums:bool=True, # rows must sum to 1
 )->list[Finding]:
     "Everything wrong with a submission file, read as a stranger would read it"
@@ -175,7 +175,7 @@ def check_submission(
         return found
     _compare([r[0] for r in body], template.ids, 'ids', add)
     if template.kind == 'labels': _check_labels([r[1] for r in body], classes, add)
-    else: _check_values(body, template, metric, sums, add)
+    else: _check_values(body, template, get_metric(metric).unbounded, sums, add)
     if template.path.exists() and template.path.read_bytes() == raw: add('template', f'identical to {template.path.name}: nothing has been filled in')
     return found
 
@@ -229,7 +229,7 @@ def _check_header(rows, template, add):
     return [[r[0], *(r[at[c]] for c in template.columns)] for r in rows[1:]]
 
 # %% ../nbs/14_submit.ipynb #7430eeb8
-def _check_values(body, template, metric, sums, add):
+def _check_values(body, template, unbounded, sums, add):
     "Numbers of a probability submission"
     k, flat = len(template.columns), [c for r in body for c in r[1:]]
     def report(code, bad, what):
@@ -256,7 +256,7 @@ def _check_values(body, template, metric, sums, add):
         add('percent', f'rows sum to 100: these are percent, divide by 100')
         return
     report('negative', v.ravel() < 0, 'cells are negative')
-    if metric == 'log_loss': report('zero', v.ravel() == 0, 'probabilities are 0 (a wrong one costs an infinite log loss)')
+    if unbounded: report('zero', v.ravel() == 0, 'probabilities are 0 (a wrong one costs an infinite log loss)')
     report('above_one', v.ravel() > 1+1e-6, 'cells are above 1')
     off = np.flatnonzero(np.abs(s-1) > 1e-4)
     if sums and off.size: add('row_sum', f'{len(off)} rows do not sum to 1, worst {body[np.abs(s-1).argmax()][0]} with {s[np.abs(s-1).argmax()]:.6g}')
@@ -265,7 +265,7 @@ def _check_values(body, template, metric, sums, add):
         even = np.flatnonzero(np.ptp(v, axis=1) < 1e-9)
         if even.size: add('uniform_rows', f'{len(even)} rows with equal numbers in all columns: {_some(body[i][0] for i in even)}')
     hot = (v.max(1) > 1-1e-9).sum()
-    if metric == 'log_loss' and hot > len(v)/2: add('one_hot', f'{hot} rows claim certainty; log loss punishes that (votes instead of probabilities?)')
+    if unbounded and hot > len(v)/2: add('one_hot', f'{hot} rows claim certainty; log loss punishes that (votes instead of probabilities?)')
 
 # %% ../nbs/14_submit.ipynb #b0b3b1c0
 def _check_labels(labels, classes, add):
