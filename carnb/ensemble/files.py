@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESULT_FILES', 'NEEDED', 'array_stamp', 'inputs_of', 'disk_errors', 'write_ensemble', 'result_problems',
-           'summary_problems', 'read_ensemble', 'stale_inputs']
+           'summary_problems', 'read_result', 'read_ensemble', 'stale_inputs']
 
 # %% ../../nbs/12k_ensemble.files.ipynb #3dc11656
 import contextlib, hashlib, json, zipfile
@@ -106,29 +106,39 @@ def summary_problems(
     return p
 
 # %% ../../nbs/12k_ensemble.files.ipynb #e13a0062
-def read_ensemble(
-    experiment:str, # name below `runs/`
+def _part(folder, part, problems):
+    "One of the three files; None, and a line for each problem, when it is not whole"
+    path = folder/RESULT_FILES[part]
+    try: held = read_record(path) if part == 'summary' else load_npz(path)
+    except DamagedFile as e: return problems.append(str(e))
+    wrong = summary_problems(held) if part == 'summary' else result_problems(held, part == 'oof')
+    problems += [f'{path}: {p}' for p in wrong]
+    return held
+
+# %% ../../nbs/12k_ensemble.files.ipynb #e13f0030
+def read_result(
+    folder, # `ensemble` of an experiment
+    experiment:str, # its name, for the command that helps
 )->AttrDict: # summary (`ensemble.json`), oof and test (arrays; test is None before `carnb predict`)
-    "The result of `carnb ensemble`, whole and of one piece; else `DamagedFile` says which file and what to do"
-    folder = runs_dir()/safe_name(experiment)/'ensemble'
+    "The three files, whole and of one piece; else `DamagedFile` says which one and what to do"
     anew = f'carnb ensemble -p experiment {experiment} makes it anew'
     if not (folder/'ensemble.json').exists(): raise DamagedFile(f'{folder/"ensemble.json"} is not there; {anew}')
-    problems, res = [], AttrDict(summary=None, oof=None, test=None)
-    for part,name in RESULT_FILES.items():
-        path = folder/name
-        if part == 'test' and not path.exists(): continue
-        try:
-            res[part] = read_record(path) if part == 'summary' else load_npz(path)
-            wrong = summary_problems(res[part]) if part == 'summary' else result_problems(res[part], part == 'oof')
-            problems += [f'{path}: {p}' for p in wrong]
-        except DamagedFile as e: problems.append(str(e))
+    problems, there = [], [k for k,f in RESULT_FILES.items() if k != 'test' or (folder/f).exists()]
+    res = AttrDict(dict(test=None) | {k: _part(folder, k, problems) for k in there})
     if problems: raise DamagedFile(f'{"; ".join(problems)}. {anew}')
-    keys = {name: str(res[part].get('key')) for part,name in RESULT_FILES.items() if res[part] is not None}
+    keys = {RESULT_FILES[k]: str(res[k].get('key')) for k in there}
     apart = f'{folder}: {", ".join(keys)} do not belong together (an ensemble was interrupted while it was written)'
     if len(set(keys.values())) > 1: raise DamagedFile(f'{apart}. {anew}')
     lost = f'{folder/"probs.npz"} is not there, though ensemble.json speaks of {counted(res.summary["n_test"], "test photo")}'
     if bool(res.summary['n_test']) != (res.test is not None): raise DamagedFile(f'{lost}. {anew}')
     return res
+
+# %% ../../nbs/12k_ensemble.files.ipynb #e13f0031
+def read_ensemble(
+    experiment:str, # name below `runs/`
+)->AttrDict: # as `read_result`
+    "The result of `carnb ensemble`"
+    return read_result(runs_dir()/safe_name(experiment)/'ensemble', experiment)
 
 # %% ../../nbs/12k_ensemble.files.ipynb #e13b0062
 def stale_inputs(

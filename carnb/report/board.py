@@ -8,10 +8,11 @@ __all__ = ['SUMMARY', 'COLUMNS', 'NOT_SETTINGS', 'board_row', 'px_text', 'leader
            'metric_words', 'ensemble_lines', 'with_intervals', 'board_table', 'runs_table', 'settings_table']
 
 # %% ../../nbs/15b_report.board.ipynb #725ed09d
-from ..core import DamagedFile, DataError, load_npz, raise_problems, runs_dir, safe_name, write_csv  # before torch: see OMP_WAIT_POLICY there
+from ..core import DamagedFile, DataError, raise_problems, runs_dir, safe_name, write_csv  # before torch: see OMP_WAIT_POLICY there
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
-from ..run import Run, find_runs, read_file, read_record
+from ..ensemble.files import read_result
+from ..run import Run, find_runs, read_file
 from ..metrics import METRICS, accuracy, softmax
 from .page import breakable, html, interval, is_number, link, number, percent, table, writing
 
@@ -75,30 +76,16 @@ def _summary_problems(s):
     needed = [('scores', k) for k in ('nested', 'low', 'high')] + [('best_single', 'score')] + [('difference', k) for k in ('mean', 'low', 'high')]
     return [f'{a}: {b} is {s[a].get(b)!r}, expected a number' for a,b in needed if not is_number(s[a].get(b)) or not np.isfinite(s[a][b])]
 
-# %% ../../nbs/15b_report.board.ipynb #e09c90cf
-def _oof_problems(z):
-    "What is wrong with the predictions of an ensemble"
-    if lost := [k for k in ('ids', 'classes', 'probs', 'targets') if k not in z]: return [f'{", ".join(lost)} missing']
-    n, C = len(z.ids), len(z.classes)
-    if z.probs.shape != (n, C) or z.targets.shape != (n,): return [f'probs {z.probs.shape} and targets {z.targets.shape} do not fit {n} ids and {C} classes']
-    if z.targets.dtype.kind not in 'iu' or n and not 0 <= z.targets.min() <= z.targets.max() < C: return [f'targets are no numbers of the {C} classes']
-    return [] if np.isfinite(z.probs).all() and (z.probs >= 0).all() and (z.probs.sum(1) > 0).all() else ['probs are no probabilities']
-
 # %% ../../nbs/15b_report.board.ipynb #6920acef
 def ensemble_result(
     folder, # `runs/<experiment>/ensemble`
 )->tuple[dict, AttrDict]: # `ensemble.json`, and ids, classes, probs, targets of `oof.npz`
-    "What `carnb ensemble` left, checked; `DamagedFile` says what does not fit"
-    anew = f'carnb ensemble -p experiment {folder.parent.name} makes it anew'
-    try:
-        s, z = read_record(folder/'ensemble.json'), load_npz(folder/'oof.npz')
-        problems = [f'{folder/"ensemble.json"}: {p}' for p in _summary_problems(s)] + [f'{folder/"oof.npz"}: {p}' for p in _oof_problems(z)]
-        keys = {'ensemble.json': s.get('key'), 'oof.npz': z.get('key')}
-        if (folder/'probs.npz').exists(): keys['probs.npz'] = load_npz(folder/'probs.npz').get('key')
-    except DamagedFile as e: raise DamagedFile(f'{e}. {anew}') from None
-    if len({str(k) for k in keys.values()}) > 1: problems.append(f'{folder}: {", ".join(keys)} do not belong together (the ensemble was interrupted)')
-    if problems: raise DamagedFile(f'{"; ".join(problems)}. {anew}')
-    return s, z
+    "What `carnb ensemble` left, checked, with all that a report needs; `DamagedFile` says what does not fit"
+    name = folder.parent.name
+    done = read_result(folder, name)
+    problems = [f'{folder/"ensemble.json"}: {p}' for p in _summary_problems(done.summary)]
+    if problems: raise DamagedFile(f'{"; ".join(problems)}. carnb ensemble -p experiment {name} makes it anew')
+    return done.summary, done.oof
 
 # %% ../../nbs/15b_report.board.ipynb #88b087f1
 def check_labels(
