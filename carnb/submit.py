@@ -40,7 +40,8 @@ def check_submit(
     "What is impossible before a file is read"
     p = []
     p += task_problems(cfg.task)
-    if cfg.merge_write not in MERGE_WRITES: p.append(f'merge_write: {cfg.merge_write!r}; expected one of {", ".join(MERGE_WRITES)}')
+    if cfg.merge_write not in MERGE_WRITES:
+        p.append(f'merge_write: {cfg.merge_write!r}; expected one of {", ".join(MERGE_WRITES)}')
     if not 0 <= cfg.clip < .01: p.append(f'clip: {cfg.clip}; expected 0 to 0.01')
     for a in cfg.allow:
         if a not in GATE: p.append(f'allow: {a!r}; expected names of findings{did_you_mean(a, GATE)}')
@@ -96,7 +97,8 @@ def output_file(
     path, log = Path(output).expanduser() if output else Path(folder)/'submission.csv', runs_dir()/'submissions.csv'
     if path.resolve() == log.resolve(): raise ConfigError(f'output: {path} is the logbook; give another name')
     if not path.exists(): return path
-    if not path.is_file(): raise ConfigError(f'output: {path} is no file; expected the name of one, such as {path/"submission.csv"}')
+    if not path.is_file():
+        raise ConfigError(f'output: {path} is no file; expected the name of one, such as {path/"submission.csv"}')
     if not output or was_submitted(path.read_bytes()): return path # at the usual place it is moved aside, see `move_aside`
     theirs = 'carnb did not write it (or somebody changed it since)'
     raise ConfigError(f'output: {path} is there, and {theirs}; move it away, or name another file')
@@ -133,8 +135,10 @@ def ready_to_submit(
     "The ensemble, when it belongs to the data and to the predictions that are there; else the command that helps"
     folder, again = runs_dir()/safe_name(experiment)/'ensemble', f'carnb ensemble -p experiment {experiment}'
     first = f'first carnb predict -p experiment {experiment}, then {again}'
-    if comp.template is None: raise DataError(f'{comp.data_dir}: no sample_submission.csv, so nobody knows what a submission looks like')
-    if not any((folder/f).exists() for f in ('ensemble.json', 'probs.npz')): raise DataError(f'{folder/"probs.npz"} is not there; {first}')
+    if comp.template is None:
+        raise DataError(f'{comp.data_dir}: no sample_submission.csv, so nobody knows what a submission looks like')
+    if not any((folder/f).exists() for f in ('ensemble.json', 'probs.npz')):
+        raise DataError(f'{folder/"probs.npz"} is not there; {first}')
     done = read_ensemble(experiment)
     if done.test is None: raise DataError(f'{folder/"ensemble.json"}: made without test predictions; {first}')
     members = {m['name'] for m in done.summary['members']}

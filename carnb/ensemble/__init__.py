@@ -78,9 +78,11 @@ def check_ensemble(
     if cfg.merge not in MERGES: p.append(f'merge: {cfg.merge!r}; expected one of {", ".join(MERGES)}')
     if cfg.n_boot < 1: p.append(f'n_boot: {cfg.n_boot}; expected at least 1')
     if not cfg.members: p.append('members: empty; expected all, top:8, or names')
-    if cfg.csv_share is not None and not 0 < cfg.csv_share < 1: p.append(f'csv_share: {cfg.csv_share}; expected between 0 and 1')
+    if cfg.csv_share is not None and not 0 < cfg.csv_share < 1:
+        p.append(f'csv_share: {cfg.csv_share}; expected between 0 and 1')
     for m in cfg.members:
-        if str(m).startswith('top:') and not (m[4:].isdigit() and int(m[4:])): p.append(f'members: {m!r}; expected top: and a number, such as top:8')
+        if str(m).startswith('top:') and not (m[4:].isdigit() and int(m[4:])):
+            p.append(f'members: {m!r}; expected top: and a number, such as top:8')
     return p
 
 # %% ../../nbs/13_ensemble.ipynb #e13a0027

@@ -111,11 +111,14 @@ def given_weights(
     if weights is None: return models.weights
     if isinstance(weights, dict):
         lost = [n for n in models.names if not any(n == k or n.startswith(f'{safe_name(k)}-') for k in weights)]
-        if lost: raise ConfigError(f'weights: none for {", ".join(lost)}; expected one for each of {", ".join(models.names)}')
+        if lost:
+            raise ConfigError(f'weights: none for {", ".join(lost)}; expected one for each of {", ".join(models.names)}')
         weights = [next(w for k,w in weights.items() if n == k or n.startswith(f'{safe_name(k)}-')) for n in models.names]
-    if len(weights) != len(models): raise ConfigError(f'weights: {len(weights)} numbers; expected {len(models)}, in this order: {", ".join(models.names)}')
+    if len(weights) != len(models):
+        raise ConfigError(f'weights: {len(weights)} numbers; expected {len(models)}, in this order: {", ".join(models.names)}')
     w = np.array([float(v) for v in weights])
-    if not (np.isfinite(w).all() and w.min() >= 0 and w.sum() > 0): raise ConfigError(f'weights: {list(weights)}; expected numbers >= 0, not all 0')
+    if not (np.isfinite(w).all() and w.min() >= 0 and w.sum() > 0):
+        raise ConfigError(f'weights: {list(weights)}; expected numbers >= 0, not all 0')
     return w
 
 # %% ../../nbs/12i_ensemble.choice.ipynb #6a8d48dd
@@ -123,7 +126,8 @@ def views_asked_for(models, views):
     if views in ('all', 'best'): return dict(all=None, best='best')[views]
     names = [v.strip() for v in views.split(',')]
     lost = [v for v in names if v not in models.views]
-    if lost: raise ConfigError(f'views: {", ".join(lost)} not predicted by every model{did_you_mean(lost[0], models.views)}; there is {", ".join(models.views)}')
+    if lost:
+        raise ConfigError(f'views: {", ".join(lost)} not predicted by every model{did_you_mean(lost[0], models.views)}; there is {", ".join(models.views)}')
     return names
 
 # %% ../../nbs/12i_ensemble.choice.ipynb #e13a0022

@@ -36,7 +36,8 @@ def read_csv_member(
         try: v = t.to_numpy(str).astype('f8')
         except ValueError as e: raise DataError(f'{path}: {e}') from None
         np.add.at(p.T, [at[c] for c in found], v.T)
-    if not (np.isfinite(p).all() and p.min() >= 0 and p.sum(1).min() > 0): raise DataError(f'{path}: NaN, negative numbers or empty rows; expected probabilities')
+    if not (np.isfinite(p).all() and p.min() >= 0 and p.sum(1).min() > 0):
+        raise DataError(f'{path}: NaN, negative numbers or empty rows; expected probabilities')
     return (p/p.sum(1, keepdims=True))[t.index.get_indexer(ids)]
 
 # %% ../../nbs/12j_ensemble.csvs.ipynb #e13a0070

@@ -102,7 +102,8 @@ def summary_problems(
     if p: return p
     scores = {k: summary['scores'].get(k) for k in ('choice', 'choice_low', 'choice_high', 'nested', 'low', 'high')}
     p = [f'scores: {k} is {v!r}, expected a number' for k,v in scores.items() if not _number(v)]
-    if not summary['members'] or not all(map(_member, summary['members'])): p.append('members: expected a name and a weight for each')
+    if not summary['members'] or not all(map(_member, summary['members'])):
+        p.append('members: expected a name and a weight for each')
     return p
 
 # %% ../../nbs/12k_ensemble.files.ipynb #e13a0062

@@ -144,7 +144,8 @@ def common_folds(
     every = set().union(*have.values())
     notes += [f'{m}: fold {", ".join(sorted(every-folds))} missing' for m,folds in have.items() if folds != every]
     common = set.intersection(*have.values())
-    if not common: raise DataError('no fold that all models have: ' + '; '.join(f'{m}: {", ".join(sorted(v))}' for m,v in have.items()))
+    if not common:
+        raise DataError('no fold that all models have: ' + '; '.join(f'{m}: {", ".join(sorted(v))}' for m,v in have.items()))
     if len(common) < len(every): notes.append(f'scores and weights come from fold {", ".join(sorted(common))}, which all models have')
     return common
 
@@ -211,7 +212,8 @@ def load_models(
     found = finished_models(experiment, notes)
     heads = checked_heads({n: found[n] for n in _members(found, members)}, members, notes)
     seeing = {h.model for h in heads if h.oof}
-    if not seeing: raise DataError(f'experiment: no model of {experiment} has out-of-fold predictions (oof.npz); train at least one fold')
+    if not seeing:
+        raise DataError(f'experiment: no model of {experiment} has out-of-fold predictions (oof.npz); train at least one fold')
     blind = list(dict.fromkeys(h.model for h in heads if h.model not in seeing))
     if blind: notes.append(f'left out, no out-of-fold predictions: {", ".join(blind)}')
     heads = [h for h in heads if h.model in seeing]

@@ -21,9 +21,11 @@ class Logits:
     def __post_init__(self):
         v = np.asarray(self.values)
         object.__setattr__(self, 'values', v)
-        if v.ndim < 2 or v.dtype.kind != 'f': raise ValueError(f'logits: shape {v.shape} of {v.dtype}; expected floats (..., n, C)')
+        if v.ndim < 2 or v.dtype.kind != 'f':
+            raise ValueError(f'logits: shape {v.shape} of {v.dtype}; expected floats (..., n, C)')
         if np.isnan(v).any() or np.isposinf(v).any(): raise ValueError('logits: NaN or infinity; expected numbers')
-        if v.size and v.min() >= 0 and np.allclose(v[..., :100, :].sum(-1), 1, atol=1e-3): raise ValueError('logits: rows are positive and sum to 1; these are probabilities, wrap them in Probs')
+        if v.size and v.min() >= 0 and np.allclose(v[..., :100, :].sum(-1), 1, atol=1e-3):
+            raise ValueError('logits: rows are positive and sum to 1; these are probabilities, wrap them in Probs')
     def log_probs(self): return log_softmax(self.values)
 
 # %% ../../nbs/12b_ensemble.scores.ipynb #0e147782
@@ -46,9 +48,11 @@ def merge_views(
     how:str='probs', # mean of `probs` or `logits`, or `geometric` mean of probabilities
 )->Probs: # values (n, C)
     "Merge the views of one model"
-    if not isinstance(scores, (Logits, Probs)): raise TypeError(f'scores: {type(scores).__name__}; expected Logits(...) or Probs(...), so that one cannot be taken for the other')
+    if not isinstance(scores, (Logits, Probs)):
+        raise TypeError(f'scores: {type(scores).__name__}; expected Logits(...) or Probs(...), so that one cannot be taken for the other')
     if how not in MERGES: raise ValueError(f'how: {how!r}; expected one of {", ".join(MERGES)}')
-    if how == 'logits' and isinstance(scores, Probs): raise TypeError("how: 'logits' needs Logits, these are Probs; use how='geometric'")
+    if how == 'logits' and isinstance(scores, Probs):
+        raise TypeError("how: 'logits' needs Logits, these are Probs; use how='geometric'")
     v = scores.values
     if v.ndim != 3: raise ValueError(f'scores: shape {v.shape}; expected (views, n, C)')
     if how == 'logits': return Probs(softmax(v.mean(0)))

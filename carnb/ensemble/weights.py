@@ -42,8 +42,10 @@ def optimise_weights(
     "Weights of the linear pool with the lowest log loss"
     p = np.asarray(probs)
     if p.ndim == 3 and targets is not None: p = p[:, np.arange(p.shape[1]), np.asarray(targets)]
-    if p.ndim != 2 or 0 in p.shape: raise ValueError(f'probs: shape {p.shape}; expected (M, n) of the true class, or (M, n, C) with targets')
-    if not (np.isfinite(p).all() and p.min() >= 0 and p.max() <= 1+1e-3): raise ValueError(f'probs: {p.min():.4g} to {p.max():.4g}; expected probabilities between 0 and 1')
+    if p.ndim != 2 or 0 in p.shape:
+        raise ValueError(f'probs: shape {p.shape}; expected (M, n) of the true class, or (M, n, C) with targets')
+    if not (np.isfinite(p).all() and p.min() >= 0 and p.max() <= 1+1e-3):
+        raise ValueError(f'probs: {p.min():.4g} to {p.max():.4g}; expected probabilities between 0 and 1')
     p = np.maximum(p.astype('f8'), FLOOR)
     n = p.shape[1]
     def fun(w, all):

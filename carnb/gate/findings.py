@@ -41,7 +41,8 @@ def some_of(items, n=3):
 # %% ../../nbs/13b_gate.findings.ipynb #bd54ddca
 def _mistyped_ids(lost, new, asked):
     "(code, message) when missing and strange ids are the same but for spaces or zeros, else None"
-    if {i.strip() for i in new} <= asked: return 'ids_space', f'{len(new)} ids have spaces around them: {some_of(map(repr, new))}'
+    if {i.strip() for i in new} <= asked:
+        return 'ids_space', f'{len(new)} ids have spaces around them: {some_of(map(repr, new))}'
     if {i.lstrip('0') for i in lost} != {i.lstrip('0') for i in new}: return None
     return 'ids_zeros', f'ids have lost or won zeros in front: {new[0]} instead of {lost[0]} (read ids as text)'
 
@@ -224,5 +225,6 @@ def vocabulary_findings(
     listed = some_of(map(repr, strange))
     if len(strange) == len(values):
         return [Finding('label_vocabulary', f'{name} holds {listed}, which is no label of these classes; expected {known}; {help}')]
-    if strange: return [Finding('label_strangers', f'{name} also holds {listed}, which are no {which} of the classes; {said}')]
+    if strange:
+        return [Finding('label_strangers', f'{name} also holds {listed}, which are no {which} of the classes; {said}')]
     return []

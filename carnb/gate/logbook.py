@@ -17,8 +17,9 @@ from .similar import agreement, best_classes, correlation
 from ..run import read_record, write_record
 
 # %% ../../nbs/13d_gate.logbook.ipynb #05a0270c
-LOG_COLUMNS = ['number', 'time', 'experiment', 'file', 'sha256', 'note', 'method', 'members', 'views', 'git', 'difference', 'metric', 'train_score', 'train_loss', 'oof_score', 'oof_loss', 'nested_score',
-               'expected_score', 'ensemble', 'public_score', 'public_accuracy', 'private_score', 'private_accuracy', 'lesson']
+LOG_COLUMNS = '''
+    number time experiment file sha256 note method members views git difference metric train_score train_loss oof_score oof_loss
+    nested_score expected_score ensemble public_score public_accuracy private_score private_accuracy lesson'''.split()
 
 def log_problems(
     log:pd.DataFrame, # as read
@@ -41,8 +42,10 @@ def submissions_log()->pd.DataFrame:
     except DataError as e: problems = e.problems
     except OSError as e: problems = [f'{path}: {e.strerror or e}']
     problems = problems or [f'{path}: {p}' for p in log_problems(log)]
-    if problems: raise DamagedFile(f'{"; ".join(problems)}. Put it right, or move it away: the next carnb submit begins a new one (the copies in {path.with_suffix("")}/ stay)')
-    return log.reindex(columns=[*LOG_COLUMNS, *(c for c in log.columns if c not in LOG_COLUMNS)], fill_value='').fillna('')
+    copies = f'the next carnb submit begins a new one (the copies in {path.with_suffix("")}/ stay)'
+    if problems: raise DamagedFile(f'{"; ".join(problems)}. Put it right, or move it away: {copies}')
+    own = [c for c in log.columns if c not in LOG_COLUMNS] # of people
+    return log.reindex(columns=[*LOG_COLUMNS, *own], fill_value='').fillna('')
 
 # %% ../../nbs/13d_gate.logbook.ipynb #e14a0010
 def safe_cell(

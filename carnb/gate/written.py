@@ -113,7 +113,8 @@ def submission_bytes(
     ids, classes, probs = [str(i) for i in ids], [str(c) for c in classes], np.asarray(probs, dtype='f8')
     shape = len(ids), len(classes)
     if probs.shape != shape: raise DataError(f'probs: shape {probs.shape}; expected {shape}, photos and classes')
-    if merge_write not in MERGE_WRITES: raise ConfigError(f'merge_write: {merge_write!r}; expected one of {", ".join(MERGE_WRITES)}')
+    if merge_write not in MERGE_WRITES:
+        raise ConfigError(f'merge_write: {merge_write!r}; expected one of {", ".join(MERGE_WRITES)}')
     raise_problems('the predictions do not fit the template', fit_problems(template, column_class, ids, classes), DataError)
     row = {k: i for i,k in enumerate(ids)}
     p = probs[[row[i] for i in template.ids]]

@@ -100,7 +100,8 @@ def check_labels(
     other = [f'{i} ({c} → {now[i]})' for i,c in then.items() if i in now and now[i] != c]
     def some(n, what, items): return [f'{n} {what}: {", ".join(items[:3])}{f" and {n-3} more" if n > 3 else ""}'] if n else []
     p = some(len(gone), 'photos are gone', gone) + some(len(other), 'photos have another label', other)
-    if list(map(str, o.classes)) != list(map(str, comp.classes)): p.append(f'the classes are others ({len(o.classes)} then, {len(comp.classes)} now)')
+    if list(map(str, o.classes)) != list(map(str, comp.classes)):
+        p.append(f'the classes are others ({len(o.classes)} then, {len(comp.classes)} now)')
     raise_problems(f'the data of {experiment} changed since it was predicted; put the labels back, or train under another name (-p experiment {safe_name(experiment)}-2)', p, DataError)
 
 # %% ../../nbs/15b_report.board.ipynb #267fb46f
@@ -201,7 +202,8 @@ def ensemble_lines(
     h, b, d, m = headline(summary), summary['best_single'], summary['difference'], metric_words(summary['metric'], False)
     how = 'the choice among combinations is part of what was measured' if h.honest else 'the choice among combinations was made on the same photos'
     first = f'Expected {m}: {number(h.score)} (95 % interval {number(h.low)} to {number(h.high)}); {how}.'
-    if summary['combination'] == b['name']: return [first, f'The best single model {b["name"]} ({number(b["score"])}) is not beaten by any combination.']
+    if summary['combination'] == b['name']:
+        return [first, f'The best single model {b["name"]} ({number(b["score"])}) is not beaten by any combination.']
     sure = 'clear' if d['low'] > 0 or d['high'] < 0 else 'not certain, the interval contains 0'
     return [first, f'The ensemble ({summary["combination"]}) differs from the best single model {b["name"]} ({number(b["score"])}) by {number(d["mean"], sign=True)} '
                    f'(95 % interval {number(d["low"], sign=True)} to {number(d["high"], sign=True)}): {sure}.']

@@ -60,7 +60,8 @@ def member_gains(
     "Nested score of the ensemble without each member, against the one with all"
     M, n, C = len(models), len(models.ids), len(models.classes)
     if M < 2: raise CarnbError('gains: one model; leaving it out leaves nothing')
-    if method not in METHODS or method == 'single': raise ConfigError(f'method: {method!r}; expected one of {", ".join(k for k in METHODS if k != "single")}')
+    if method not in METHODS or method == 'single':
+        raise ConfigError(f'method: {method!r}; expected one of {", ".join(k for k in METHODS if k != "single")}')
     L, key = models.oof(views), ('oof', None if views is None else tuple(views))
     _, g = np.unique(models.groups, return_inverse=True)
     drawn = np.random.default_rng(seed).permutation(g.max()+1) < (g.max()+1)*min(1, max_numbers/(M*n*C)) # whole groups
