@@ -56,13 +56,16 @@ def next_step(
     gap, late = (board.val_loss-board.train_loss).median(), (board.best_epoch == board.epochs).mean()
     scores = (ensemble or {}).get('scores', {})
     done = scores.get('choice') or scores.get('nested') # the honest one, where there is one
-    if ensemble is None: return 'Blend what is there: carnb predict, then carnb ensemble.' + (f' Meanwhile finish the folds ({_missing(short_of)}).' if short_of else '')
+    if ensemble is None:
+        return 'Blend what is there: carnb predict, then carnb ensemble.' + (f' Meanwhile finish the folds ({_missing(short_of)}).' if short_of else '')
     if not submitted: return 'Write the submission: carnb submit.'
     if goal is not None and done is not None and reached(done, goal): return f'The goal is reached: {metric} {done:.4f} (goal {goal}). Keep the submission; what is left is a run on all photos (fold all).'
     if short_of: return f'Finish the folds ({_missing(short_of)}): every fold adds out-of-fold photos to measure on and one more model to average.'
-    if len(folds) < 2: return 'Add a second kind of network (a transformer beside a convolutional one): models that err differently gain most from blending.'
+    if len(folds) < 2:
+        return 'Add a second kind of network (a transformer beside a convolutional one): models that err differently gain most from blending.'
     if late > .5: return 'Most runs were best in their last epoch: train longer.'
-    if gap > max_gap: return 'Validation loss is far above training loss: stronger augmentation, a smaller learning rate, or fewer epochs.'
+    if gap > max_gap:
+        return 'Validation loss is far above training loss: stronger augmentation, a smaller learning rate, or fewer epochs.'
     return f'Raise the resolution or add a model of the presets; then {search}.'
 
 # %% ../../nbs/15g_report.advice.ipynb #a0729b23

@@ -55,7 +55,8 @@ def target_layer(
         for h in handles: h.remove()
     cells = [(m, seen[m].shape[-2]*seen[m].shape[-1]) for m in layers if seen.get(m) is not None]
     found = next((m for m,n in cells if n >= min_cells), None) or max((o for o in cells if o[1] > 1), key=lambda o: o[1], default=(None,))[0]
-    if found is None: raise CarnbError(f'attention: {type(model).__name__} has no layer with a map of places ({len(layers)} stages looked at); there is nothing to draw for this model')
+    if found is None:
+        raise CarnbError(f'attention: {type(model).__name__} has no layer with a map of places ({len(layers)} stages looked at); there is nothing to draw for this model')
     return found
 
 # %% ../../nbs/15e_report.attention.ipynb #f4c9da65
@@ -77,7 +78,8 @@ def attention_map(
         with torch.enable_grad(), GradCAM(model, [layer], reshape_transform=lambda o: _as_maps(o, model, x.shape[-2:])) as cam:
             maps = cam(x.detach().clone().requires_grad_(), targets)
             g = cam.activations_and_grads.gradients
-            if not g or not float(g[0].abs().max()) > 0: raise CarnbError(f'attention: no gradient reaches {type(layer).__name__} of {type(model).__name__}; its output does not depend on the places of this layer, or its classifier is all zero')
+            if not g or not float(g[0].abs().max()) > 0:
+                raise CarnbError(f'attention: no gradient reaches {type(layer).__name__} of {type(model).__name__}; its output does not depend on the places of this layer, or its classifier is all zero')
         model.zero_grad(set_to_none=True)
     finally: model.train(was)
     return np.nan_to_num(maps).astype('f4')
@@ -104,7 +106,8 @@ def explain_mistakes(
     by_fold, items = {str(r.config.fold): r for r in runs}, comp.train.set_index('id')
     lost = [r.name for r in runs if not (r/'weights.safetensors').exists()]
     rows = [(str(items.fold[r.id]), r) for r in table.itertuples()]
-    if lost and not any(f in by_fold and by_fold[f].name not in lost for f,_ in rows): raise CarnbError(f'attention: no weights.safetensors in {", ".join(lost)}')
+    if lost and not any(f in by_fold and by_fold[f].name not in lost for f,_ in rows):
+        raise CarnbError(f'attention: no weights.safetensors in {", ".join(lost)}')
     res = {}
     for f in dict.fromkeys(f for f,_ in rows):
         if f not in by_fold or by_fold[f].name in lost: continue

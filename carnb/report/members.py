@@ -9,8 +9,8 @@ __all__ = ['error_correlation', 'plot_correlation', 'member_gains', 'ensemble_ga
 from ..core import CarnbError, ConfigError
 from dataclasses import replace
 import numpy as np, pandas as pd
-from ..metrics import METRICS
-from ..ensemble import METHODS, candidates, fit_temperature, load_models, outer_parts, score_candidates, temper
+from ..metrics import get_metric
+from ..ensemble import METHODS, candidates, fit_temperature, held, load_models, outer_parts, score_candidates, temper
 from .page import drawn
 
 # %% ../../nbs/15f_report.members.ipynb #69df4c5f
@@ -18,13 +18,15 @@ def error_correlation(
     log_probs, # (M, n, C), as `Models.oof()` gives them
     targets, # (n,)
     names, # M
-    metric:str='log_loss', # losses for this one, mistakes for any other
+    metric:str='log_loss', # its losses where probabilities count, else mistakes
 )->pd.DataFrame: # (M, M), 1 on the diagonal; NaN for a model whose errors do not vary
     "Rank correlation of the models' errors"
     from scipy.stats import rankdata
-    at = np.arange(len(targets))
-    e = np.stack([-lp[at, targets] if metric == 'log_loss' else lp.argmax(1) != targets for lp in log_probs]).astype('f8')
-    with np.errstate(invalid='ignore', divide='ignore'): return pd.DataFrame(np.atleast_2d(np.corrcoef([rankdata(o) for o in e])), names, names)
+    m = get_metric(metric)
+    if m.averaged: errors = [held(m, lp, targets)*(1 if m.lower_is_better else -1) for lp in log_probs]
+    else: errors = [lp.argmax(1) != targets for lp in log_probs]
+    ranks = [rankdata(e.astype('f8')) for e in errors]
+    with np.errstate(invalid='ignore', divide='ignore'): return pd.DataFrame(np.atleast_2d(np.corrcoef(ranks)), names, names)
 
 # %% ../../nbs/15f_report.members.ipynb #9b25f81f
 def plot_correlation(
@@ -58,7 +60,8 @@ def member_gains(
     "Nested score of the ensemble without each member, against the one with all"
     M, n, C = len(models), len(models.ids), len(models.classes)
     if M < 2: raise CarnbError('gains: one model; leaving it out leaves nothing')
-    if method not in METHODS or method == 'single': raise ConfigError(f'method: {method!r}; expected one of {", ".join(k for k in METHODS if k != "single")}')
+    if method not in METHODS or method == 'single':
+        raise ConfigError(f'method: {method!r}; expected one of {", ".join(k for k in METHODS if k != "single")}')
     L, key = models.oof(views), ('oof', None if views is None else tuple(views))
     _, g = np.unique(models.groups, return_inverse=True)
     drawn = np.random.default_rng(seed).permutation(g.max()+1) < (g.max()+1)*min(1, max_numbers/(M*n*C)) # whole groups
@@ -68,14 +71,14 @@ def member_gains(
     def nested(which):
         part = replace(models.keep(which), ids=models.ids[rows], targets=models.targets[rows], folds=models.folds[rows], groups=models.groups[rows], cache={key: L[which]})
         if len(which) > 1: fit = candidates(part, [method], w[which], temperature, metric)[method]
-        else: fit = candidates(part, [], None, temperature, metric)[part.names[0] + (', temperature' if temperature and metric == 'log_loss' else '')]
+        else: fit = candidates(part, [], None, temperature, metric)[part.names[0] + (', temperature' if temperature and get_metric(metric).wants == 'probs' else '')]
         return score_candidates(part, dict(it=fit), views=views, metric=metric, parts=outer_parts(part, seed), temperature=temperature)[0]['it'], part
-    (full, part), lower = nested(np.arange(M)), METRICS[metric].lower_is_better
+    (full, part), lower = nested(np.arange(M)), get_metric(metric).lower_is_better
     res = []
     for m in range(M):
         rest,_ = nested(np.delete(np.arange(M), m))
-        d = (rest if lower else full).interval(metric, part.targets, part.groups, n_boot, seed, full if lower else rest)
-        res.append(dict(member=models.names[m], without=rest.score(metric, part.targets), gain=d.mean, low=d.low, high=d.high, photos=len(rows)))
+        d = (rest if lower else full).interval(part.targets, part.groups, n_boot, seed, full if lower else rest)
+        res.append(dict(member=models.names[m], without=rest.score(part.targets), gain=d.mean, low=d.low, high=d.high, photos=len(rows)))
     return pd.DataFrame(res).sort_values('gain', ascending=False, ignore_index=True)
 
 # %% ../../nbs/15f_report.members.ipynb #aadbf831

@@ -8,7 +8,7 @@ __all__ = ['confused_pairs', 'class_table', 'confusion_table', 'plot_confusion']
 # %% ../../nbs/15c_report.pairs.ipynb #b6043106
 import carnb.core  # before torch: see OMP_WAIT_POLICY there
 import numpy as np, pandas as pd
-from ..metrics import confusion_matrix, f1_per_class, log_losses
+from ..metrics import confusion_matrix, f1_per_class, get_metric, log_losses
 from .page import drawn
 
 # %% ../../nbs/15c_report.pairs.ipynb #413695db
@@ -16,7 +16,7 @@ def confused_pairs(
     probs, # (n, C)
     targets, # (n,)
     classes, # C names
-    metric:str='log_loss', # what counts first: the loss, or photos for any other metric
+    metric:str='log_loss', # where probabilities count, the loss is first, else photos are
 )->pd.DataFrame: # true, said, photos, share of the true class's photos, loss (sum); the dearest first
     "Which class is taken for which, the most expensive pair first"
     said, loss = np.argmax(probs, 1), log_losses(probs, targets)
@@ -25,21 +25,23 @@ def confused_pairs(
     t = t.groupby(['true', 'said']).loss.agg(['size', 'sum']).reset_index().rename(columns=dict(size='photos', sum='loss'))
     n = pd.Series(np.array(classes)[targets]).value_counts()
     t.insert(3, 'share', t.photos/t.true.map(n))
-    return t.sort_values(['loss'] if metric == 'log_loss' else ['photos', 'loss'], ascending=False, ignore_index=True)
+    first = ['loss'] if get_metric(metric).wants == 'probs' else ['photos', 'loss']
+    return t.sort_values(first, ascending=False, ignore_index=True)
 
 # %% ../../nbs/15c_report.pairs.ipynb #3ce44e27
 def class_table(
     probs, # (n, C)
     targets, # (n,)
     classes, # C names
-    metric:str='log_loss', # what counts: the mean loss, or F1 for any other metric
+    metric:str='log_loss', # where probabilities count, the mean loss says which is the worst, else F1
 )->pd.DataFrame: # class, photos, accuracy, f1, loss (mean), taken_for; the worst first
     "One row per class, the worst first"
     loss, pairs = log_losses(probs, targets), confused_pairs(probs, targets, classes)
     t = pd.DataFrame(dict(cls=np.array(classes)[targets], loss=loss, right=np.argmax(probs, 1) == targets)).groupby('cls').agg(photos=('loss', 'size'), accuracy=('right', 'mean'), loss=('loss', 'mean'))
     t.insert(2, 'f1', pd.Series(f1_per_class(probs, targets, len(classes)), list(classes)))
     t['taken_for'] = pairs.sort_values('photos', ascending=False, kind='stable').drop_duplicates('true').set_index('true').said
-    t = t.sort_values(*(('loss', ) if metric == 'log_loss' else ('f1', )), ascending=metric != 'log_loss', kind='stable')
+    by_loss = get_metric(metric).wants == 'probs'
+    t = t.sort_values('loss' if by_loss else 'f1', ascending=not by_loss, kind='stable')
     return t.reset_index().rename(columns=dict(cls='class')).fillna(dict(taken_for=''))
 
 # %% ../../nbs/15c_report.pairs.ipynb #38f12d92
