@@ -8,8 +8,11 @@ __all__ = ['DOES', 'OURS', 'GROUPS', 'VIEW_WORDS', 'DEMO', 'DEMO_STEPS', 'read_w
            'main', 'run_command']
 
 # %% ../nbs/17_cli.ipynb #da5d015d
-from .core import CarnbError, coerce, ConfigError, DamagedFile, DataError, did_you_mean, list_stages, load_npz, notebooks_dir
-from .core import raise_problems, read_json, resolve_path, runs_dir, safe_name, stage_notebook, stage_params, write_text
+from .core import CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, load_npz
+from .params import coerce
+from .stages import list_stages, notebooks_dir
+from .core import raise_problems, read_json, resolve_path, runs_dir, safe_name, write_text
+from .stages import stage_notebook, stage_params
 import os, sys, time
 from pathlib import Path
 import yaml

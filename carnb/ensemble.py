@@ -22,9 +22,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from scipy.optimize import minimize, nnls
-from .core import arrays_checksum, CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, environment, load_npz
+from .core import arrays_checksum, CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, load_npz
+from .run import environment
 from .core import project_root, raise_problems, resolve_path, runs_dir, safe_name, save_npz
-from .run import Run, find_runs, is_run_folder, read_file, read_record, write_record
+from .run import Run, find_runs, is_run_folder, read_file
+from .records import read_record, write_record
 from .data import nfc, read_merges, read_meta, read_table
 from .identity import compare_data
 from .metrics import bootstrap_interval, bootstrap_metric, check_probs, expected_calibration_error, get_metric, log_loss

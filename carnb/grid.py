@@ -6,7 +6,9 @@
 __all__ = ['check_grid', 'grid_cells', 'disk_of', 'free_space', 'plan_grid', 'run_cell', 'run_grid']
 
 # %% ../nbs/11_grid.ipynb #d2db3a7c
-from .core import ConfigError, did_you_mean, pick_device, raise_problems, runs_dir, stage_params, write_csv  # before torch: see OMP_WAIT_POLICY there
+from .core import ConfigError, did_you_mean, raise_problems, runs_dir, write_csv  # before torch: see OMP_WAIT_POLICY there
+from .machine import pick_device
+from .stages import stage_params
 from .run import Run
 from .identity import compare_data
 import contextlib, itertools, os, shutil, signal, subprocess, sys, time

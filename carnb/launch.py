@@ -7,7 +7,8 @@ __all__ = ['PATIENCE', 'OURS', 'NO_MEMORY', 'signals_of', 'Requests', 'Stopped',
            'end_kernel', 'saves', 'Supervisor', 'run_notebook', 'Shown', 'say', 'failure', 'run_stage']
 
 # %% ../nbs/16c_launch.ipynb #la02
-from .core import CarnbError, ConfigError, DataError, stage_notebook
+from .core import CarnbError, ConfigError, DataError
+from .stages import stage_notebook
 import contextlib, os, re, signal, sys, threading, time
 from pathlib import Path
 

@@ -8,9 +8,11 @@ __all__ = ['VIEWS', 'make_views', 'tta', 'inference_batch', 'registered_hooks', 
            'champion', 'tiny_predictions', 'view_scores']
 
 # %% ../nbs/12_predict.ipynb #b9bb7faa
-from .core import atomic_path, CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, pick_device, project_root  # before torch: see OMP_WAIT_POLICY there
+from .core import atomic_path, CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, project_root  # before torch: see OMP_WAIT_POLICY there
+from .machine import pick_device
 from .core import raise_problems, resolve_path, runs_dir, safe_name, save_npz, write_text
-from .run import Run, file_digest, find_runs, read_file, read_record, set_aside, write_record
+from .run import Run, find_runs, read_file, set_aside
+from .records import file_digest, read_record, write_record
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import AttrDict
@@ -22,7 +24,8 @@ from .loaders import decode_size, find_preprocess, loader_settings, NormalizeByt
 from .metrics import METRICS, softmax
 from .backbones import fixed_size, is_transformer, model_stats
 from .tasks import check_competition, open_experiment, Task
-from .callbacks import free_memory, is_out_of_memory, save_weights
+from .machine import free_memory, is_out_of_memory
+from .callbacks import save_weights
 from .checkpoint import DamagedCheckpoint, get_checkpoint_info, read_checkpoint
 from .train import bare_model, load_model, loss_of, tiny_experiment
 

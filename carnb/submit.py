@@ -18,11 +18,12 @@ import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
 from filelock import FileLock
 from .core import atomic_path, ConfigError, DamagedFile, DataError, did_you_mean, load_npz, raise_problems, runs_dir, safe_name
-from .core import save_npz, use_korean_font, write_csv
+from .core import save_npz, write_csv
+from .text import use_korean_font
 from .run import find_runs
 from .data import Competition, nfc, read_merges, read_table, Template
 from .metrics import METRICS
-from .run import read_record, write_record
+from .records import read_record, write_record
 from .identity import compare_data
 from .ensemble import counted, disk_errors, expectation, read_ensemble, shown_path, stale_inputs
 from .tasks import open_experiment, task_problems

@@ -11,7 +11,8 @@ __all__ = ['SUMMARY', 'UNITS', 'COLUMNS', 'NOT_SETTINGS', 'board_row', 'px_text'
 from ..core import DamagedFile, DataError, load_npz, raise_problems, runs_dir, safe_name, write_csv  # before torch: see OMP_WAIT_POLICY there
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
-from ..run import Run, find_runs, read_file, read_record
+from ..run import Run, find_runs, read_file
+from ..records import read_record
 from ..metrics import METRICS, accuracy, bootstrap_interval, bootstrap_metric, log_losses, softmax
 from .page import breakable, html, interval, is_number, link, number, percent, table, writing
 
