@@ -4,23 +4,33 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'FROM_RUNS', 'FILES', 'names_of', 'timm_names', 'arch_problem', 'value_problems', 'folder_problem',
-           'experiment_problem', 'file_problems', 'problems_of']
+           'experiment_problem', 'file_problems', 'settings_problems', 'problems_of']
 
 # %% ../nbs/16b_precheck.ipynb #pr02
-from .params import TRAIN_CHOICES, TRAIN_RANGES, choice_problems, fold_problems, range_problems
 from .core import did_you_mean, name_problem, resolve_path, runs_dir, safe_name
+from .params import TRAIN_CHOICES, TRAIN_RANGES, choice_problems, fold_problems, range_problems
 from .stages import stage_params
-import ast, functools, importlib.util, math, re
+import ast, functools, importlib.util, re
 from pathlib import Path
 
 # %% ../nbs/16b_precheck.ipynb #pr05
 def _names_in(value):
     "Keys of a mapping, or items of a sequence, in a syntax tree; None when they are computed"
-    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == 'dict' and not value.args: found = [k.arg for k in value.keywords]
+    plain_call = isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == 'dict' and not value.args
+    if plain_call: found = [k.arg for k in value.keywords]
     elif isinstance(value, ast.Dict): found = [getattr(k, 'value', None) for k in value.keys]
     elif isinstance(value, (ast.Tuple, ast.List)): found = [getattr(v, 'value', None) for v in value.elts]
     else: return None
     return found if all(isinstance(k, str) for k in found) else None
+
+# %% ../nbs/16b_precheck.ipynb #pr05c
+def _assigned(
+    statement, # of a module's syntax tree
+)->list: # (name, syntax tree of its value)
+    if not isinstance(statement, ast.Assign): return []
+    target, value = statement.targets[0], statement.value
+    if not isinstance(target, ast.Tuple): return [(getattr(target, 'id', ''), value)]
+    return list(zip([getattr(t, 'id', '') for t in target.elts], getattr(value, 'elts', [])))
 
 # %% ../nbs/16b_precheck.ipynb #b412e20a
 @functools.cache
@@ -31,14 +41,9 @@ def names_of(
     for f in sorted(Path(__file__).parent.rglob('*.py')):
         text = f.read_text(encoding='utf8')
         if not re.search(rf'^(\w+, )*{registry}(, \w+)*(: \w+)? = ', text, re.M): continue
-        for s in ast.parse(text).body:
-            if not isinstance(s, ast.Assign): continue
-            target, value = s.targets[0], s.value
-            if isinstance(target, ast.Tuple): # HEADS, HEAD_INITS = ...
-                pairs = list(zip([getattr(t, 'id', '') for t in target.elts], getattr(value, 'elts', [])))
-            else: pairs = [(getattr(target, 'id', ''), value)]
-            for name,v in pairs:
-                if name == registry and (found := _names_in(v)) is not None: return tuple(found)
+        values = [v for s in ast.parse(text).body for name,v in _assigned(s) if name == registry]
+        found = [names for v in values if (names := _names_in(v)) is not None]
+        if found: return tuple(found[0])
 
 # %% ../nbs/16b_precheck.ipynb #pr08
 @functools.cache
@@ -73,10 +78,11 @@ def value_problems(
     params:dict, # name -> value of the right type
 )->list[str]:
     "Names that no registry has, and numbers that are out of range"
-    known = {k: names for k,registry in CHOICES.items() if (names := names_of(registry))}
-    p = choice_problems(params, known)
-    if stage != 'train': return p
-    return p + range_problems(params, TRAIN_RANGES) + fold_problems(params.get('fold', 0), params.get('n_folds', 5))
+    names = {k: names_of(registry) for k,registry in CHOICES.items()}
+    problems = choice_problems(params, {k: known for k,known in names.items() if known})
+    if stage != 'train': return problems
+    folds = fold_problems(params.get('fold', 0), params.get('n_folds', 5))
+    return problems + range_problems(params, TRAIN_RANGES) + folds
 
 # %% ../nbs/16b_precheck.ipynb #pr14
 def folder_problem(
@@ -86,9 +92,10 @@ def folder_problem(
     "Is there a folder with something in it?"
     p = resolve_path(path)
     try:
-        if p.is_dir(): return None if next(p.iterdir(), None) else f'{key}: {path} is empty; expected the folder of a competition'
+        if p.is_dir(): return None if any(p.iterdir()) else f'{key}: {path} is empty; expected the folder of a competition'
         if p.exists(): return f'{key}: {path} is a file; expected the folder of a competition'
-        return f'{key}: {path} is not there{did_you_mean(p.name, [o.name for o in p.parent.iterdir()] if p.parent.is_dir() else [])}'
+        beside = [o.name for o in p.parent.iterdir()] if p.parent.is_dir() else []
+        return f'{key}: {path} is not there{did_you_mean(p.name, beside)}'
     except OSError as e: return f'{key}: {path} cannot be read ({e.strerror or e})'
 
 # %% ../nbs/16b_precheck.ipynb #f04d7608
@@ -96,41 +103,50 @@ def experiment_problem(
     experiment:str, # name below `runs/`
 )->str|None: # what is wrong
     "Has it a finished run?"
-    if next((runs_dir()/safe_name(experiment)).glob('*/fold*/metrics.json'), None): return
+    folder = runs_dir()/safe_name(experiment)
+    if any(folder.glob('*/fold*/metrics.json')): return
     there = sorted({p.parent.parent.parent.name for p in runs_dir().glob('*/*/fold*/metrics.json')})
     hint = did_you_mean(experiment, there) or (f'; there is {", ".join(there)}' if there else '')
-    return f'experiment: no finished run in {runs_dir()/safe_name(experiment)}; train first (carnb train -p experiment {experiment} ...){hint}'
+    return f'experiment: no finished run in {folder}; train first (carnb train -p experiment {experiment} ...){hint}'
 
 # %% ../nbs/16b_precheck.ipynb #052c4d4b
 FROM_RUNS = ('predict', 'ensemble', 'submit', 'report') # stages that read what training left
-
-FILES = ('merges', 'folds_file', 'checkpoint')
+FILES = ('merges', 'folds_file', 'checkpoint') # parameters that name a file
 
 def file_problems(
     stage:str, # `train`, `predict`, ...
     params:dict, # name -> value of the right type
 )->list[str]:
     "Folders, files and experiments that are not there"
-    p = [name_problem(params['experiment'])] if params.get('experiment') else []
-    if stage in FROM_RUNS and not any(p) and not params.get('checkpoint'): p.append(experiment_problem(params.get('experiment') or 'demo'))
-    if params.get('data_dir') is not None and stage not in ('ensemble',): p.append(folder_problem('data_dir', params['data_dir']))
-    p += [f'{k}: {params[k]} is not there' for k in FILES if isinstance(params.get(k), str) and not resolve_path(params[k]).exists()]
-    if isinstance(params.get('pretrained'), str) and not resolve_path(params['pretrained']).is_file():
-        p.append(f'pretrained: {params["pretrained"]} is not there; expected true, false or a .pth / .safetensors file')
+    given = {k: v for k,v in params.items() if v is not None}
+    p = [name_problem(given['experiment'])] if given.get('experiment') else []
+    reads_runs = stage in FROM_RUNS and not given.get('checkpoint')
+    if reads_runs and not any(p): p.append(experiment_problem(given.get('experiment') or 'demo'))
+    if 'data_dir' in given and stage != 'ensemble': p.append(folder_problem('data_dir', given['data_dir']))
+    p += [f'{k}: {given[k]} is not there' for k in FILES if isinstance(given.get(k), str) and not resolve_path(given[k]).exists()]
+    weights = given.get('pretrained')
+    if isinstance(weights, str) and not resolve_path(weights).is_file():
+        p.append(f'pretrained: {weights} is not there; expected true, false or a .pth / .safetensors file')
     return [o for o in p if o]
 
 # %% ../nbs/16b_precheck.ipynb #pr17
+def settings_problems(
+    params:dict, # of the stage `grid`
+)->list[str]:
+    "What can be said about the parameters of train among those of a grid: unknown names, and names that no registry has"
+    first = {k: v[0] for k,v in (params.get('over') or {}).items() if isinstance(v, list) and v}
+    inside, known = first | (params.get('settings') or {}), stage_params('train')
+    unknown = [f'{k}: unknown parameter of train{did_you_mean(k, known)}' for k in inside if k not in known]
+    words = {k: v for k,v in inside.items() if isinstance(v, (str, list))}
+    return [f'settings: {o}' for o in unknown + value_problems('grid', words)]
+
+# %% ../nbs/16b_precheck.ipynb #pr17b
 def problems_of(
     stage:str, # `train`, `predict`, ...
     params:dict, # name -> value of the right type
 )->list[str]:
     "All that can be said about the parameters of a stage without torch"
-    if stage == 'grid':
-        inner = params.get('settings') or {}
-        inside = {k: v[0] for k,v in (params.get('over') or {}).items() if isinstance(v, list) and v} | inner
-        known = stage_params('train')
-        more = [f'settings: {k}: unknown parameter of train{did_you_mean(k, known)}' for k in inside if k not in known]
-        more += [f'settings: {o}' for o in value_problems('grid', {k: v for k,v in inside.items() if isinstance(v, (str, list))})]
-    else: more = []
     archs = [params['arch']] if params.get('arch') else params.get('archs') or []
-    return [o for a in archs if isinstance(a, str) and (o := arch_problem(a))] + value_problems(stage, params) + file_problems(stage, params) + more
+    unknown = [arch_problem(a) for a in archs if isinstance(a, str)]
+    found = [o for o in unknown if o] + value_problems(stage, params) + file_problems(stage, params)
+    return found + (settings_problems(params) if stage == 'grid' else [])
