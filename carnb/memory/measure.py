@@ -9,7 +9,6 @@ __all__ = ['real_steps', 'measure_here', 'measure_step']
 from ..machine import peak_resident, pick_device
 from ..core import runs_dir, write_csv # before torch: see OMP_WAIT_POLICY there
 import contextlib, datetime, json, platform, subprocess, sys
-from pathlib import Path
 import numpy as np, pandas as pd, timm, torch, torch.nn.functional as F
 from filelock import FileLock
 from ..backbones import create_model
