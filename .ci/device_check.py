@@ -36,7 +36,8 @@ def result(experiment):
 def main():
     import torch
     sys.path.insert(0, str(ROOT))
-    from carnb.core import environment, pick_device
+    from carnb.machine import pick_device
+    from carnb.run import environment
     device = pick_device(DEVICE)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
     for e in ('device_check_whole', 'device_check_killed'): shutil.rmtree(RUNS/e, ignore_errors=True)

@@ -6,7 +6,7 @@
 __all__ = ['in_notebook', 'NotebookBar', 'bar_kind', 'close_bars', 'progress_bar']
 
 # %% ../nbs/00d_bars.ipynb #ba02
-import html, io, os
+import functools, html, io, os
 from tqdm import tqdm as text_bar
 
 # %% ../nbs/00d_bars.ipynb #ba05
@@ -23,7 +23,8 @@ class NotebookBar(text_bar):
     def html(self):
         "The bar as it stands"
         f = self.format_dict
-        said = self.format_meter(**{**f, 'bar_format': '{desc}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]' if f['total'] else '{desc}{n_fmt} [{elapsed}, {rate_fmt}]'})
+        words = '{desc}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]' if f['total'] else '{desc}{n_fmt} [{elapsed}, {rate_fmt}]'
+        said = self.format_meter(**{**f, 'bar_format': words})
         value = f' max="{f["total"]}" value="{f["n"]}"' if f['total'] else ''
         return f'<progress{value} style="width:300px"></progress> <small>{html.escape(said)}</small>'
     def display(self, msg=None, pos=None, **kwargs):
@@ -44,6 +45,12 @@ def close_bars(*_):
     "Close what is left of earlier bars"
     for b in list(getattr(text_bar, '_instances', ())): b.close()
 
+# %% ../nbs/00d_bars.ipynb #ba000001
+@functools.cache
+def _close_after_cells():
+    "From now on, what an interrupt leaves behind goes when its cell is over"
+    get_ipython().events.register('post_run_cell', close_bars)
+
 # %% ../nbs/00d_bars.ipynb #779d815f
 def progress_bar(
     *args, # what tqdm takes: something to go through, or nothing
@@ -54,7 +61,8 @@ def progress_bar(
     close_bars()
     kwargs = dict(leave=False, mininterval=.5) | kwargs
     if kind == 'html':
-        if not getattr(progress_bar, 'listens', False): get_ipython().events.register('post_run_cell', close_bars) # also after an interrupt
-        progress_bar.listens = True
+        _close_after_cells()
         return NotebookBar(*args, **kwargs)
-    return text_bar(*args, **{'dynamic_ncols': True, 'disable': True if kind == 'none' else False if os.environ.get('CARNB_BARS') else None, **kwargs})
+    told = bool(os.environ.get('CARNB_BARS'))
+    disable = kind == 'none' or (False if told else None) # None: tqdm looks whether this is a terminal
+    return text_bar(*args, **{'dynamic_ncols': True, 'disable': disable, **kwargs})

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'SCHEDULE_OPTIONS', 'TRACKERS', 'schedule_problems', 'schedule_factor', 'is_fit', 'device_of', 'batch_at',
            'LRSchedule', 'EMA', 'SetEpoch', 'FreezeBody', 'ProgressiveResize', 'StopAfter', 'StopWithoutProgress',
-           'Progress', 'Autocast', 'is_out_of_memory', 'free_memory', 'loss_divisor', 'whole_loss', 'MicroBatches',
-           'peak_memory', 'overfits_since', 'save_weights', 'hits', 'History', 'wanted_trackers', 'Tracker',
-           'TensorBoard', 'WandB', 'make_trackers', 'Interrupted', 'Checkpoints', 'fit_from']
+           'Progress', 'Autocast', 'loss_divisor', 'whole_loss', 'MicroBatches', 'overfits_since', 'save_weights',
+           'hits', 'History', 'wanted_trackers', 'Tracker', 'TensorBoard', 'WandB', 'make_trackers', 'Interrupted',
+           'Checkpoints', 'fit_from']
 
 # %% ../nbs/09b_callbacks.ipynb #2ff44052
-from .core import atomic_path, CarnbError, coerce, ConfigError, did_you_mean, raise_problems, save_npz, write_csv  # before torch: see OMP_WAIT_POLICY there
+from .core import atomic_path, CarnbError, ConfigError, did_you_mean, raise_problems, save_npz, write_csv  # before torch: see OMP_WAIT_POLICY there
+from .params import coerce
 import contextlib, json, math, os, signal, threading, time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -20,7 +21,7 @@ from fastcore.foundation import L
 from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
-from .memory.measure import peak_resident
+from .machine import free_memory, is_out_of_memory, peak_memory
 from .metrics import METRICS, accuracy, softmax
 from .checkpoint import config_differences, DamagedCheckpoint, disk_message, get_rng_state, list_checkpoints, read_checkpoint
 from .checkpoint import save_checkpoint, set_rng_state
@@ -225,25 +226,6 @@ class Autocast(MixedPrecision):
         if self.autocast is None: self.before_fit() # `get_preds` does not announce itself
         self.autocast.__enter__()
 
-# %% ../nbs/09b_callbacks.ipynb #37aa6edf
-def is_out_of_memory(
-    error:BaseException,
-)->bool:
-    "Was this an allocation that failed (CUDA, MPS, the CPU's allocator)? Illegal accesses and others are not"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(s in text for s in ('out of memory', "can't allocate memory", 'cannot allocate memory', 'not enough memory', 'defaultcpuallocator', 'could not create a primitive', 'could not create a memory')) # the last two: how oneDNN says it
-
-# %% ../nbs/09b_callbacks.ipynb #1fd59b73
-def free_memory(
-    device, # torch device
-):
-    "Give back what the allocator holds and nobody uses"
-    import gc
-    gc.collect()
-    if torch.device(device).type == 'cuda': torch.cuda.empty_cache()
-    elif torch.device(device).type == 'mps': torch.mps.empty_cache()
-
 # %% ../nbs/09b_callbacks.ipynb #7b20c4e1
 def loss_divisor(
     loss_func, # of a Learner
@@ -356,12 +338,6 @@ class MicroBatches(Callback):
         learn._with_events(learn._step, 'step', CancelStepException)
         learn.opt.zero_grad()
         learn.xb, learn.yb = xb, yb
-
-# %% ../nbs/09b_callbacks.ipynb #0893f6e9
-def peak_memory(device)->float: # GB
-    "Largest memory in use so far: of the device on CUDA, of the process elsewhere"
-    if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/1e9
-    return peak_resident()/1e9
 
 # %% ../nbs/09b_callbacks.ipynb #88dad919
 def overfits_since(

@@ -9,7 +9,8 @@ __all__ = ['MAGIC', 'SUFFIX', 'DamagedCheckpoint', 'write_checkpoint', 'get_chec
            'config_differences', 'left_over', 'run_lock', 'disk_message']
 
 # %% ../nbs/07_checkpoint.ipynb #7e7622e8
-from .core import NOT_IN_HASH, atomic_path, CarnbError, ConfigError, read_json, write_json  # before torch: see OMP_WAIT_POLICY there
+from .params import NOT_IN_HASH  # before torch: see OMP_WAIT_POLICY there
+from .core import atomic_path, CarnbError, ConfigError, read_json, write_json
 import contextlib, errno, hashlib, io, json, os, random, shutil, socket, struct, time
 from pathlib import Path
 import numpy as np, torch

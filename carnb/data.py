@@ -24,7 +24,8 @@ import cv2, imagehash, numpy as np, pandas as pd, yaml
 from fastcore.basics import AttrDict
 from PIL import Image
 from tqdm import tqdm
-from .core import CarnbError, ConfigError, DataError, item_rng, raise_problems, resolve_path, runs_dir, write_csv
+from .core import CarnbError, ConfigError, DataError, raise_problems, resolve_path, runs_dir, write_csv
+from .machine import item_rng
 
 # %% ../nbs/01_data.ipynb #d1a05e05
 def is_text(

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 import cv2, matplotlib as mpl, matplotlib.pyplot as plt, numpy as np, pandas as pd
 from .canvas import median_aspect, sides_of
-from .core import ConfigError, DataError, did_you_mean, item_rng, raise_problems, use_korean_font
+from .core import ConfigError, DataError, did_you_mean, raise_problems
+from .machine import item_rng
+from .text import use_korean_font
 from .data import merge_suggestions, nfc, read_image
 
 # %% ../nbs/02_eda.ipynb #7e6af385

@@ -10,7 +10,9 @@ __all__ = ['FITS', 'RESIZES', 'DATA_PRESETS', 'PREPROCESS', 'IMAGENET_STATS', 'c
            'median_aspect', 'MAX_SIDE']
 
 # %% ../nbs/03_loaders.ipynb #bae413f9
-from .core import ConfigError, DataError, did_you_mean, item_rng, plain_text, raise_problems, resolve_path  # before torch: see OMP_WAIT_POLICY there
+from .core import ConfigError, DataError, did_you_mean, raise_problems, resolve_path  # before torch: see OMP_WAIT_POLICY there
+from .machine import item_rng
+from .text import plain_text
 import contextlib, functools, hashlib, importlib, io, math, os, pickle, random, re, signal, struct, time, warnings, zlib
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Callable
 import pandas as pd, yaml
 from fastcore.basics import AttrDict
-from .core import CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, notebooks_dir, raise_problems, runs_dir, safe_name
+from .core import CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, raise_problems, runs_dir, safe_name
+from .stages import notebooks_dir
 from .run import find_runs
 from .data import LAYOUTS, LEFT_OUT, as_text, check_photos, Competition, existing_dir, findings_table, finish_competition
 from .data import guess_task, list_photos, nfc, read_competition, read_yaml

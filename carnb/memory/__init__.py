@@ -11,7 +11,8 @@ __all__ = ['PARTS', 'PHASES', 'Lines', 'measure_step', 'peak_resident', 'Peak', 
 import carnb.core # before torch: see OMP_WAIT_POLICY there
 from .count import PARTS, PHASES
 from .lines import Lines
-from .measure import measure_step, peak_resident
+from .measure import measure_step
+from ..machine import peak_resident
 from .peak import Peak, fit_batch, fit_of, largest_batch, largest_of, peak_of, predict_peak
 from .settings import GB, GIB, OVERHEAD, StepSettings, memory_problems, parse_bytes, step_problems
 from .study import CLAIMS, DEVICES, compare_claims, how_safe, plot_study, study

@@ -6,7 +6,8 @@
 __all__ = ['PROBES', 'code_hash', 'lines_file', 'record_lines', 'step_lines', 'record_all']
 
 # %% ../../nbs/07r_memory.cache.ipynb #b67ae5c1
-from ..core import CarnbError, ConfigError, file_hash, load_npz, runs_dir, save_npz # before torch: see OMP_WAIT_POLICY there
+from ..core import CarnbError, ConfigError, load_npz, runs_dir, save_npz # before torch: see OMP_WAIT_POLICY there
+from ..params import file_hash
 import contextlib, functools, hashlib, inspect, os, sys, warnings
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from multiprocessing import get_context

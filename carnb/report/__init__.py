@@ -6,7 +6,9 @@
 __all__ = ['check_report', 'score_bars', 'picture', 'data_lines', 'top_facts', 'gains_table', 'tried_table', 'plot_curves']
 
 # %% ../../nbs/16_report.ipynb #2b6659ad
-from ..core import environment, runs_dir, safe_name, use_korean_font  # before torch: see OMP_WAIT_POLICY there
+from ..run import environment  # before torch: see OMP_WAIT_POLICY there
+from ..core import runs_dir, safe_name
+from ..text import use_korean_font
 from datetime import datetime
 from pathlib import Path
 import numpy as np, pandas as pd

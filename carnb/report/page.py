@@ -8,7 +8,8 @@ __all__ = ['STYLE', 'SCRIPT', 'short', 'drawn', 'number', 'percent', 'html', 'jo
            'page_html', 'write_page']
 
 # %% ../../nbs/15a_report.page.ipynb #7b00c7f4
-from ..core import CarnbError, use_korean_font, write_text  # before torch: see OMP_WAIT_POLICY there
+from ..core import CarnbError, write_text  # before torch: see OMP_WAIT_POLICY there
+from ..text import use_korean_font
 import base64, contextlib, functools, hashlib, io, unicodedata
 from pathlib import Path
 from urllib.parse import quote
