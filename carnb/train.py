@@ -37,10 +37,20 @@ from .pooling import POOLINGS, pooling_p
 from .memory.settings import StepSettings, parse_bytes, step_problems
 from .memory.peak import fit_of, peak_of
 from .tasks import DEMO_RECIPE, TASKS, get_task, read_data, Task, task_problems
-from .callbacks import EMA, SCHEDULE_OPTIONS, SCHEDULES, TRACKERS, Autocast, Checkpoints, fit_from, FreezeBody, History, is_fit
-from .callbacks import LRSchedule, make_trackers, MicroBatches, Progress, ProgressiveResize, schedule_problems, SetEpoch, StopAfter
-from .callbacks import StopWithoutProgress
-from .checkpoint import cleanup_old_checkpoints, DamagedCheckpoint, disk_message, get_checkpoint_info, list_checkpoints, run_lock
+from .training.callbacks import EMA, Autocast, FreezeBody
+from .training.schedules import SCHEDULE_OPTIONS, SCHEDULES
+from .training.trackers import TRACKERS
+from .training.resume import Checkpoints, fit_from
+from .training.history import History
+from .training.loop import is_fit
+from .training.schedules import LRSchedule, schedule_problems
+from .training.trackers import make_trackers
+from .training.microbatches import MicroBatches
+from .training.history import Progress
+from .training.callbacks import ProgressiveResize, SetEpoch, StopAfter
+from .training.callbacks import StopWithoutProgress
+from .checkpoint import cleanup_old_checkpoints, DamagedCheckpoint, get_checkpoint_info, list_checkpoints
+from .disk import disk_message, run_lock
 
 # %% ../nbs/10_train.ipynb #820257e6
 PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
