@@ -9,6 +9,7 @@ __all__ = ['signs', 'next_step']
 import carnb.core  # before torch: see OMP_WAIT_POLICY there
 import numpy as np, pandas as pd
 from ..metrics import METRICS
+from ..training.history import overfits
 
 # %% ../../nbs/15g_report.advice.ipynb #a74afc4d
 def signs(
@@ -24,7 +25,7 @@ def signs(
         gain = (half[m.best(half)] - s[best])*(1 if m.lower_is_better else -1)
         if best == len(s)-1: said.setdefault('still improving in the last epoch: train longer', []).append(name)
         low = int(h.val_loss.argmin())
-        if low < len(h)-2 and h.val_loss.iloc[-1] > 1.05*h.val_loss.iloc[low] and h.train_loss.iloc[-1] < h.train_loss.iloc[low]:
+        if low < len(h)-2 and overfits(h.iloc[low], h.iloc[-1], .05):
             said.setdefault('validation loss rises while training loss falls (over-fitting): fewer epochs, stronger augmentation or a smaller learning rate', []).append(name)
         elif gain < .005*abs(s[best]): said.setdefault('nothing gained in the second half: a larger learning rate, or a larger network', []).append(name)
     return [f'{k} ({len(v)} of {len(histories)} runs: {", ".join(v[:3])}{" ..." if len(v) > 3 else ""})' for k,v in said.items()]

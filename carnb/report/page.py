@@ -16,7 +16,7 @@ from urllib.parse import quote
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
 from markupsafe import Markup, escape
-from ..checkpoint import disk_message
+from ..disk import disk_message
 
 # %% ../../nbs/15a_report.page.ipynb #a28f17d8
 def _wide(c): return 2 if unicodedata.east_asian_width(c) in 'WF' else 1
