@@ -18,7 +18,11 @@ from filelock import FileLock
 from tqdm import tqdm
 from .data import assign_folds, Competition
 from .identity import compare_data, photo_hashes, restore_folds
-from .loaders import decode_size, find_preprocess, loader_settings, NormalizeBytes, PhotoDataset, PhotoDL, valid_transform
+from .loaders import decode_size, loader_settings
+from .loaders.preprocess import find_preprocess
+from .loaders.batches import NormalizeBytes, PhotoDL
+from .loaders.photos import PhotoDataset
+from .loaders.transforms import valid_transform
 from .metrics import METRICS, softmax
 from .backbones import fixed_size, is_transformer, model_stats
 from .tasks import check_competition, open_experiment, Task
