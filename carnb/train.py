@@ -35,8 +35,11 @@ from .canvas import canvas, median_aspect
 from .loaders.transforms import train_transform
 from .losses import LOSSES, head_problem, loss_parameters, make_loss, takes_soft_targets
 from .metrics import METRICS, softmax
-from .backbones import HEAD_INITS, HEADS, create_model, find_preset, find_training_preset, fixed_size, make_learner, make_opt_func
-from .backbones import model_stats, param_groups, size_multiple, size_problem, start_values, weights_file
+from .heads import HEAD_INITS, HEADS
+from .backbones import create_model, find_preset, find_training_preset, fixed_size, make_learner
+from .optimizers import make_opt_func
+from .backbones import model_stats, size_multiple, size_problem, start_values, weights_file
+from .optimizers import param_groups
 from .pooling import POOLINGS, pooling_p
 from .memory.settings import StepSettings, parse_bytes, step_problems
 from .memory.peak import fit_of, peak_of
