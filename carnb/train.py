@@ -26,13 +26,20 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from .data import assign_folds, Competition
 from .identity import code_version, compare_data, data_changes, data_record, fingerprint, restore_folds, trained_runs
-from .loaders import FITS, find_data_preset, find_preprocess, loader_settings, make_dls, MixUpCutMix
+from .loaders.transforms import FITS
+from .loaders.presets import find_data_preset
+from .loaders.preprocess import find_preprocess
+from .loaders import loader_settings, make_dls
+from .loaders.mixing import MixUpCutMix
 from .canvas import canvas, median_aspect
-from .loaders import train_transform
+from .loaders.transforms import train_transform
 from .losses import LOSSES, head_problem, loss_parameters, make_loss, takes_soft_targets
 from .metrics import METRICS, softmax
-from .backbones import HEAD_INITS, HEADS, create_model, find_preset, find_training_preset, fixed_size, make_learner, make_opt_func
-from .backbones import model_stats, param_groups, size_multiple, size_problem, start_values, weights_file
+from .heads import HEAD_INITS, HEADS
+from .backbones import create_model, find_preset, find_training_preset, fixed_size, make_learner
+from .optimizers import make_opt_func
+from .backbones import model_stats, size_multiple, size_problem, start_values, weights_file
+from .optimizers import param_groups
 from .pooling import POOLINGS, pooling_p
 from .memory.settings import StepSettings, parse_bytes, step_problems
 from .memory.peak import fit_of, peak_of

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import numpy as np, torch, torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch import nn
-from ..backbones import create_model, group_wds, split_params
+from ..backbones import create_model
+from ..optimizers import group_wds, split_params
 from .autocast import DeviceRules
 from .count import (ACTIVATIONS, BACKWARD, EMA, FORWARD, GRADIENTS, OPTIMIZER, STEP, TEMPORARY, VALIDATION, WEIGHTS,
                                 StorageCounter)

@@ -16,7 +16,7 @@ from fastcore.basics import AttrDict
 from ..run import Run
 from ..data import read_image
 from ..metrics import METRICS, accuracy
-from ..predict import experiment_data, tiny_predictions
+from ..predict.runs import experiment_data, tiny_predictions
 from ..ensemble import METHODS
 from .page import breakable, drawn, facts, html, number, percent, table
 from .board import ensemble_result, headline, metric_words, with_intervals

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, torch
 from ..data import Competition, read_image
 from ..backbones import model_stats
 from ..train import load_model
-from ..predict import prediction_dataset
+from ..predict.runs import prediction_dataset
 from .mistakes import file_line
 from .page import breakable, card, drawn, gallery, html, percent, photo
 
