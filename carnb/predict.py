@@ -16,7 +16,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import AttrDict
 from filelock import FileLock
 from tqdm import tqdm
-from .data import assign_folds, Competition, read_file
+from .data import assign_folds, Competition
 from .identity import compare_data, photo_hashes, restore_folds
 from .loaders import decode_size, find_preprocess, loader_settings, NormalizeBytes, PhotoDataset, PhotoDL, valid_transform
 from .metrics import METRICS, softmax

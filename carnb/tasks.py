@@ -16,8 +16,12 @@ import pandas as pd, yaml
 from fastcore.basics import AttrDict
 from .core import CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, notebooks_dir, raise_problems, runs_dir, safe_name
 from .run import find_runs
-from .data import LAYOUTS, LEFT_OUT, as_text, check_photos, Competition, existing_dir, findings_table, finish_competition
-from .data import guess_task, list_photos, nfc, read_competition, read_yaml
+from .data.faults import LEFT_OUT, check_photos, findings_table
+from .data.items import Competition, finish_competition, read_competition
+from .data.layouts import LAYOUTS, guess_task
+from .data.merges import read_yaml
+from .data.photos import as_text, nfc
+from .data.tables import existing_dir, first_few, list_photos
 from .demo import FACE_PHOTOS, make_demo, make_persons
 from .metrics import METRICS
 

@@ -24,7 +24,7 @@ from fastcore.basics import AttrDict, noop
 from filelock import FileLock
 from safetensors.torch import load_file
 from tqdm import tqdm
-from .data import assign_folds, Competition, read_file
+from .data import assign_folds, Competition
 from .identity import code_version, compare_data, data_changes, data_record, fingerprint, restore_folds, trained_runs
 from .loaders import FITS, find_data_preset, find_preprocess, loader_settings, make_dls, MixUpCutMix
 from .canvas import canvas, median_aspect
