@@ -68,6 +68,15 @@ def decode_masks(
     if unknown: raise DataError(f'no classes of the masks competition: {", ".join(unknown[:5])}; expected 0 to 17 or names like {MASK_CLASSES["0"]!r}')
     return pd.DataFrame([n.split() for n in names], columns=['mask', 'gender', 'age'])
 
+# %% ../nbs/09_tasks.ipynb #da7c0001
+def _correction_problems(t):
+    "What is wrong with a list of corrections"
+    gender, swapped = t.get('gender') or {}, t.get('swapped') or []
+    unknown = [f'{k}: unknown list{did_you_mean(k, ("gender", "swapped"))}' for k in t if k not in ('gender', 'swapped')]
+    genders = [f'gender of {i}: {g!r}; expected male or female' for i,g in gender.items() if g not in GENDERS]
+    bare = [i for i in [*gender, *swapped] if not isinstance(i, str)]
+    return unknown + genders + [f'{i!r}: ids must stand in quotes, or YAML turns them into numbers' for i in bare]
+
 # %% ../nbs/09_tasks.ipynb #ce547543
 def read_corrections(
     path, # YAML with `gender: {id: male|female}` and `swapped: [ids]`; 'shipped' or 'always': the list that comes with carnb; None: no list
@@ -75,13 +84,60 @@ def read_corrections(
     "Known wrong labels of persons"
     if path is None: return AttrDict(gender={}, swapped=set())
     t = read_yaml(notebooks_dir()/'masks_corrections.yaml' if path in ('shipped', 'always') else path, 'corrections') or {}
-    if not isinstance(t, dict) or not isinstance(t.get('gender') or {}, dict) or not isinstance(t.get('swapped') or [], list): raise ConfigError(f'corrections: {path}: expected `gender: {{id: male or female}}` and `swapped: [ids]`')
-    problems = [f'{k}: unknown list{did_you_mean(k, ("gender", "swapped"))}' for k in t if k not in ('gender', 'swapped')]
+    fits = isinstance(t, dict) and isinstance(t.get('gender') or {}, dict) and isinstance(t.get('swapped') or [], list)
+    if not fits: raise ConfigError(f'corrections: {path}: expected `gender: {{id: male or female}}` and `swapped: [ids]`')
+    raise_problems(f'corrections: {path} cannot be used', _correction_problems(t), ConfigError)
     gender, swapped = t.get('gender') or {}, t.get('swapped') or []
-    problems += [f'gender of {i}: {g!r}; expected male or female' for i,g in gender.items() if g not in GENDERS]
-    problems += [f'{i!r}: ids must stand in quotes, or YAML turns them into numbers' for i in [*gender, *swapped] if not isinstance(i, str)]
-    raise_problems(f'corrections: {path} cannot be used', problems, ConfigError)
     return AttrDict(gender={i.lstrip('0'): g for i,g in gender.items()}, swapped={i.lstrip('0') for i in swapped})
+
+# %% ../nbs/09_tasks.ipynb #da7c0004
+def _fitting_corrections(fix, corrections, ids):
+    "The corrections that belong to the persons `ids`, and notes about those that are not there"
+    listed = set(fix.gender) | fix.swapped
+    lost = sorted(listed - ids)
+    names = first_few(lost) + (' ...' if len(lost) > 5 else '')
+    if corrections == 'shipped' and len(lost) > MAY_MISS: # other people
+        if len(lost) == len(listed): return read_corrections(None), []
+        missing = f'{len(lost)} of their {len(listed)} persons are not there ({names}), so these are taken for other people'
+        how = 'if they are the same, -p data_options "{corrections: always}" corrects those that are there'
+        return read_corrections(None), [f'the shipped corrections are not applied: {missing}; {how}']
+    if lost: return fix, [f'corrections name {len(lost)} persons that are not there: {names}; the others are corrected']
+    return fix, []
+
+# %% ../nbs/09_tasks.ipynb #da7c0006
+def _age_borders(age):
+    "Two years in order"
+    try: low, high = sorted(int(o) for o in age)
+    except (TypeError, ValueError): raise ConfigError(f'age: {age!r}; expected two years, such as [29, 58]') from None
+    return low, high
+
+# %% ../nbs/09_tasks.ipynb #da7c0007
+def _find_persons(d, root):
+    "Folders of persons with what their names say (id, gender, race, age), and the other folders that hold photos"
+    folders = {f.parent for f in list_photos(root) if f.relative_to(d).parts[0] != 'test'}
+    persons = {f: m.groups() for f in folders if (m := _PERSON.fullmatch(nfc(f.name)))}
+    return dict(sorted(persons.items(), key=lambda o: nfc(o[0].as_posix()))), folders - set(persons)
+
+# %% ../nbs/09_tasks.ipynb #da7c0008
+def _person_problems(name, gender, years, photos):
+    "What is wrong with a person's folder"
+    if gender not in GENDERS: yield f'{name}: gender {gender!r}; expected male or female'
+    if not years.isdecimal() or not 0 < int(years) < 130: yield f'{name}: age {years!r}; expected years'
+    odd = [as_text(p.name) for p in photos if p.stem not in FACE_PHOTOS]
+    if odd and gender in GENDERS and years.isdecimal(): yield f'{name}: {first_few(odd, 3)}; expected {", ".join(FACE_PHOTOS)}'
+
+# %% ../nbs/09_tasks.ipynb #da7c000a
+_OTHER_STATE = dict(incorrect='normal', normal='incorrect') # where two photos of a person were exchanged
+
+def _face_rows(d, photos, person, gender, years, borders, swapped):
+    "Rows (id, path, label, target, group) of a person's photos"
+    rows = []
+    for p in photos:
+        state = FACE_PHOTOS.get(p.stem)
+        if swapped: state = _OTHER_STATE.get(state, state)
+        path = p.relative_to(d).as_posix()
+        rows.append((nfc(path), path, mask_class(state, gender, years, borders), mask_class(state, gender, years), f'person {person}'))
+    return rows
 
 # %% ../nbs/09_tasks.ipynb #34240cac
 def read_masks(
@@ -91,44 +147,26 @@ def read_masks(
     corrections='shipped', # list of wrong labels, see `read_corrections`
 )->Competition:
     "Read the face-mask competition; `label` follows `age`, `target` the official (30, 60)"
-    d, problems, notes, rows, used = existing_dir(data_dir), [], [], [], set()
-    try: low, high = sorted(int(o) for o in age)
-    except (TypeError, ValueError): raise ConfigError(f'age: {age!r}; expected two years, such as [29, 58]') from None
-    fix, root = read_corrections(corrections), d/'train' if (d/'train').is_dir() else d
-    folders = {f.parent for f in list_photos(root) if f.relative_to(d).parts[0] != 'test'}
-    persons = {f: m.groups() for f in folders if (m := _PERSON.fullmatch(nfc(f.name)))}
+    d, borders, fix = existing_dir(data_dir), _age_borders(age), read_corrections(corrections)
+    persons, others = _find_persons(d, d/'train' if (d/'train').is_dir() else d)
     if not persons: return read_competition(data_dir, merges)
-    stray = sorted(as_text(f.relative_to(d).as_posix()) for f in folders - set(persons))
-    if stray: problems.append(f'{len(stray)} folders are not called id_gender_race_age: {", ".join(stray[:3])}')
-    ids = {m[0].lstrip('0') for m in persons.values()}
-    lost = sorted((set(fix.gender) | fix.swapped) - ids)
-    listed, names = len(set(fix.gender) | fix.swapped), ', '.join(lost[:5]) + (' ...' if len(lost) > 5 else '')
-    if corrections == 'shipped' and len(lost) > MAY_MISS: # the same numbers are other people
-        fix = read_corrections(None)
-        if len(lost) < listed: notes.append(f'the shipped corrections are not applied: {len(lost)} of their {listed} persons are not there ({names}), '
-            'so these are taken for other people; if they are the same, -p data_options "{corrections: always}" corrects those that are there')
-    elif lost: notes.append(f'corrections name {len(lost)} persons that are not there: {names}; the others are corrected')
-    short = []
-    for f,(who,gender,_,years) in sorted(persons.items(), key=lambda o: nfc(o[0].as_posix())):
-        name, key = as_text(f.relative_to(d).as_posix()), who.lstrip('0')
-        if gender not in GENDERS: problems.append(f'{name}: gender {gender!r}; expected male or female')
-        if not years.isdecimal() or not 0 < int(years) < 130: problems.append(f'{name}: age {years!r}; expected years')
+    problems, rows, short, seen = [], [], [], set()
+    if stray := sorted(as_text(f.relative_to(d).as_posix()) for f in others):
+        problems.append(f'{len(stray)} folders are not called id_gender_race_age: {first_few(stray, 3)}')
+    fix, notes = _fitting_corrections(fix, corrections, {who.lstrip('0') for who,*_ in persons.values()})
+    for folder,(who,gender,_,years) in persons.items():
+        name, key, photos = as_text(folder.relative_to(d).as_posix()), who.lstrip('0'), list_photos(folder)
+        problems += _person_problems(name, gender, years, photos)
         if gender not in GENDERS or not years.isdecimal(): continue
-        photos = list_photos(f)
-        if odd := [p.name for p in photos if p.stem not in FACE_PHOTOS]: problems.append(f'{name}: {", ".join(map(as_text, odd[:3]))}; expected {", ".join(FACE_PHOTOS)}')
+        rows += _face_rows(d, photos, key, fix.gender.get(key, gender), int(years), borders, key in fix.swapped)
         if len({p.stem for p in photos}) < len(FACE_PHOTOS): short.append(name)
-        gender = fix.gender.get(key, gender)
-        used |= {key} & (set(fix.gender) | fix.swapped)
-        for p in photos:
-            state = FACE_PHOTOS.get(p.stem)
-            if key in fix.swapped: state = dict(incorrect='normal', normal='incorrect').get(state, state)
-            path = p.relative_to(d).as_posix()
-            rows.append((nfc(path), path, mask_class(state, gender, int(years), (low, high)), mask_class(state, gender, int(years)), f'person {key}'))
-    if short: notes.append(f'{len(short)} persons have fewer than {len(FACE_PHOTOS)} photos: {", ".join(short[:3])}')
-    if used: notes.append(f'labels of {len(used)} persons corrected: {", ".join(sorted(used))}')
+        seen.add(key)
+    used = seen & (set(fix.gender) | fix.swapped)
     train = pd.DataFrame(rows, columns=['id', 'path', 'label', 'target', 'group'])
     moved = int((train.label != train.target).sum())
-    if moved: notes.append(f'age {low}, {high}: {moved} of {len(train)} photos are trained with another label than they are scored with')
+    if short: notes.append(f'{len(short)} persons have fewer than {len(FACE_PHOTOS)} photos: {first_few(short, 3)}')
+    if used: notes.append(f'labels of {len(used)} persons corrected: {", ".join(sorted(used))}')
+    if moved: notes.append(f'age {borders[0]}, {borders[1]}: {moved} of {len(train)} photos are trained with another label than they are scored with')
     return finish_competition(d, train, MASK_CLASSES, merges, problems, notes)
 
 # %% ../nbs/09_tasks.ipynb #1fd138f5
@@ -150,7 +188,8 @@ def task_problems(
     "What is wrong with a task's name or with the options of its reader"
     if name is not None and name not in TASKS: return [f'task: {name!r}; expected one of {", ".join(TASKS)}{did_you_mean(name, TASKS)}']
     known = TASKS[name].options if name else {}
-    return [f'data_options: {k}: unknown for {name}{did_you_mean(k, known)}; ' + (f'there is {", ".join(known)}' if known else 'it has none') for k in options or {} if k not in known]
+    there = f'there is {", ".join(known)}' if known else 'it has none'
+    return [f'data_options: {k}: unknown for {name}{did_you_mean(k, known)}; {there}' for k in options or {} if k not in known]
 
 # %% ../nbs/09_tasks.ipynb #e19ee630
 def get_task(
@@ -189,6 +228,18 @@ def read_items(
     comp.notes.extend(layout_notes(task.name, data_dir))
     return comp
 
+# %% ../nbs/09_tasks.ipynb #da7c000d
+def _without(comp, cut):
+    "The competition without the training photos of LEFT_OUT; an error when a class loses all of them"
+    for kind,paths in cut.items():
+        if paths: comp.notes.append(f'{len(paths)} {kind} training photos left out: {first_few(sorted(paths), 3)}')
+    gone = set().union(*cut.values())
+    if not gone: return comp
+    comp = replace(comp, items=comp.items[~comp.items.path.isin(gone)].reset_index(drop=True))
+    left = set(comp.train.label)
+    raise_problems(f'classes of which every photo is {" or ".join(LEFT_OUT)}; repair some', [c for c in comp.classes if c not in left], DataError)
+    return comp
+
 # %% ../nbs/09_tasks.ipynb #3e97da1b
 def check_competition(
     comp:Competition, # as it was read
@@ -198,15 +249,12 @@ def check_competition(
     checked = check_photos(comp.data_dir, comp.items.path, progress=progress)
     found = findings_table(checked)
     errors = found[found.severity == 'error']
-    raise_problems(f'{len(errors)} photos of {as_text(comp.data_dir)} cannot be used; repair them (or remove them, test photos also from test.csv and the template)',
-                   [f'{as_text(p)}: {w}{f" ({m})" if m else ""}' for p,w,m in zip(errors.path, errors.what, errors.message)], DataError)
-    cut = {kind: set(found.path[found.finding == kind]) & set(comp.train.path) for kind in LEFT_OUT}
-    for kind,paths in cut.items():
-        if paths: comp.notes.append(f'{len(paths)} {kind} training photos left out: {", ".join(sorted(paths)[:3])}')
-    if cut := set().union(*cut.values()):
-        comp = replace(comp, items=comp.items[~comp.items.path.isin(cut)].reset_index(drop=True))
-        raise_problems(f'classes of which every photo is {" or ".join(LEFT_OUT)}; repair some', [c for c in comp.classes if c not in set(comp.train.label)], DataError)
-    return comp, checked
+    how = 'repair them (or remove them, test photos also from test.csv and the template)'
+    named = [f'{as_text(p)}: {w}{f" ({m})" if m else ""}' for p,w,m in zip(errors.path, errors.what, errors.message)]
+    raise_problems(f'{len(errors)} photos of {as_text(comp.data_dir)} cannot be used; {how}', named, DataError)
+    trained = set(comp.train.path)
+    cut = {kind: set(found.path[found.finding == kind]) & trained for kind in LEFT_OUT}
+    return _without(comp, cut), checked
 
 # %% ../nbs/09_tasks.ipynb #eedeaf52
 def read_data(
@@ -231,6 +279,16 @@ def task_of(
     if said and task not in said: raise ConfigError(f'task: {task!r}, but the runs were trained for {", ".join(sorted(said))}; leave it out')
     return task
 
+# %% ../nbs/09_tasks.ipynb #da7c000c
+def _refuse_without_runs(experiment, notes):
+    "Say why there is no run: none can be read, or none is finished"
+    unreadable = [o.removeprefix('left out: ') for o in notes if o.startswith('left out: ')]
+    raise_problems(f'experiment: no run of {experiment} can be read', unreadable, DamagedFile)
+    there = sorted(p.parent.name for p in runs_dir().glob('*/folds.csv'))
+    others = f'; there is {", ".join(there)}' if there else ''
+    folder, how = runs_dir()/safe_name(experiment), f'train first (carnb train -p experiment {experiment} ...)'
+    raise CarnbError(f'experiment: no finished run in {folder}; {how}{others}')
+
 # %% ../nbs/09_tasks.ipynb #7562ae42
 def open_experiment(
     experiment:str, # name below `runs/`
@@ -240,10 +298,7 @@ def open_experiment(
     "What an experiment was trained on; `CarnbError` when nothing is finished"
     notes = []
     runs = find_runs(experiment, notes=notes)
-    if not runs and (lost := [o for o in notes if o.startswith('left out: ')]): raise_problems(f'experiment: no run of {experiment} can be read', [o.removeprefix('left out: ') for o in lost], DamagedFile)
-    if not runs:
-        there = sorted(p.parent.name for p in runs_dir().glob('*/folds.csv'))
-        raise CarnbError(f'experiment: no finished run in {runs_dir()/safe_name(experiment)}; train first (carnb train -p experiment {experiment} ...){"; there is " + ", ".join(there) if there else ""}')
+    if not runs: _refuse_without_runs(experiment, notes)
     record = get_task(task_of(runs, task))
     runs = [r for r in runs if r.config.get('task', record.name) == record.name]
     c = runs[0].config
