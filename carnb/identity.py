@@ -45,8 +45,11 @@ def data_record(
     t, photos = comp.train, photo_hashes(comp, checked)
     used = merges_in_use(comp.data_dir, merges)
     def text(values): return np.array(list(values), dtype=str) if len(values) else np.array([], 'U1')
-    return AttrDict(ids=text(t.id), labels=text(t.label), targets=text(t.target), groups=text(t.group), folds=t.fold.to_numpy('i8'), photos=text([photos[p] for p in t.path]),
-                    classes=text(comp.classes), merged=text(list(used)), merged_into=text(list(used.values())))
+    return AttrDict(
+        ids=text(t.id), labels=text(t.label), targets=text(t.target), groups=text(t.group),
+        folds=t.fold.to_numpy('i8'), photos=text([photos[p] for p in t.path]),
+        classes=text(comp.classes), merged=text(list(used)), merged_into=text(list(used.values())),
+    )
 
 # %% ../nbs/01w_identity.ipynb #0e5cab05
 def fingerprint(
@@ -65,7 +68,13 @@ def _some(items, n=5):
     return ', '.join(map(str, items[:n])) + (f' and {len(items)-n} more' if len(items) > n else '')
 
 # %% ../nbs/01w_identity.ipynb #ddd7a103
-def _count(n, what): return f'{n} {what}{"" if n == 1 else "s"}'
+def _count(
+    n:int, # how many
+    what:str, # one of them
+    plural:str|None=None, # None: with an s
+)->str:
+    "A number and what it counts"
+    return f'{n} {what if n == 1 else plural or what+"s"}'
 
 # %% ../nbs/01w_identity.ipynb #dfee18a6
 _ROWS = dict( # field of a record -> (what it is, how a difference is told)
@@ -75,33 +84,57 @@ _ROWS = dict( # field of a record -> (what it is, how a difference is told)
     folds=('fold', lambda i, was, now: f'{i} ({was} -> {now})'),
 )
 
+# %% ../nbs/01w_identity.ipynb #da7d0001
+def _photo_changes(then, now):
+    "Photos that are gone or new; a part of a record cannot say what is new"
+    before, after = then['ids'].tolist(), set(now['ids'].tolist())
+    gone = [i for i in before if i not in after]
+    new = [] if 'partial' in then else sorted(after - set(before))
+    return [f'{_count(len(ids), "photo")} {how}: {_some(ids)}' for ids,how in ((gone, 'gone'), (new, 'new')) if ids]
+
+# %% ../nbs/01w_identity.ipynb #da7d0002
+def _labels_are_targets(record): return 'targets' in record and (record['labels'] == record['targets']).all()
+
+# %% ../nbs/01w_identity.ipynb #da7d0003
+def _row_changes(then, now):
+    "Values of photos in both records that differ; labels that are the targets are not told twice"
+    res, at = [], {i: k for k,i in enumerate(now['ids'].tolist())}
+    ids = then['ids'].tolist()
+    both = [(k, at[i]) for k,i in enumerate(ids) if i in at]
+    a, b = (np.array([p[j] for p in both], int) for j in (0, 1))
+    for field,(what,tell) in _ROWS.items():
+        if field not in then: continue
+        if field == 'labels' and _labels_are_targets(then) and _labels_are_targets(now): continue
+        was, is_ = then[field][a], now[field][b]
+        differ = np.flatnonzero(was != is_)
+        if not len(differ): continue
+        verb = 'replaced' if field == 'photos' else 'changed'
+        res.append(f'{_count(len(differ), what)} of {len(ids)} {verb}: {_some(tell(ids[a[k]], was[k], is_[k]) for k in differ)}')
+    return res
+
+# %% ../nbs/01w_identity.ipynb #da7d0004
+def _class_changes(was, is_):
+    "Classes that are new or gone, or in another order"
+    added, gone = [c for c in is_ if c not in was], [c for c in was if c not in is_]
+    res = [f'{_count(len(cs), "class", "classes")} {how}: {_some(cs)}' for cs,how in ((added, 'added'), (gone, 'gone')) if cs]
+    return res + ['the classes have another order'] if sorted(was) == sorted(is_) and was != is_ else res
+
+# %% ../nbs/01w_identity.ipynb #da7d0005
+def _merge_changes(then, now):
+    "Merges that are new or gone"
+    was, is_ = (dict(zip(r['merged'].tolist(), r['merged_into'].tolist())) for r in (then, now))
+    added = [f'{n} -> {c}' for n,c in is_.items() if was.get(n) != c]
+    gone = [f'{n} -> {c}' for n,c in was.items() if n not in is_]
+    return [f'merges {how}: {_some(ms)}' for ms,how in ((added, 'added'), (gone, 'taken away')) if ms]
+
 # %% ../nbs/01w_identity.ipynb #dd01ec08
 def data_changes(
     then:dict, # record of a run; rows and fields may be missing
     now:dict, # record of the data as it is
 )->list[str]: # a sentence each; none: the same data
     "What differs between two records of data"
-    res, at = [], {i: k for k,i in enumerate(now['ids'].tolist())}
-    ids = then['ids'].tolist()
-    if gone := [i for i in ids if i not in at]: res.append(f'{_count(len(gone), "photo")} gone: {_some(gone)}')
-    if 'partial' not in then and (new := sorted(set(at) - set(ids))): res.append(f'{_count(len(new), "photo")} new: {_some(new)}')
-    both = [(k, at[i]) for k,i in enumerate(ids) if i in at]
-    a, b = (np.array([p[j] for p in both], int) for j in (0, 1))
-    for field,(what,tell) in _ROWS.items():
-        if field not in then or field == 'labels' and 'targets' in then and (then['labels'] == then['targets']).all() and (now['labels'] == now['targets']).all(): continue
-        was, is_ = then[field][a], now[field][b]
-        if len(d := np.flatnonzero(was != is_)):
-            verb = 'replaced' if field == 'photos' else 'changed'
-            res.append(f'{_count(len(d), what)} of {len(ids)} {verb}: {_some(tell(ids[a[k]], was[k], is_[k]) for k in d)}')
-    was, is_ = then['classes'].tolist(), now['classes'].tolist()
-    if extra := [c for c in is_ if c not in was]: res.append(f'{_count(len(extra), "class").replace("classs", "classes")} added: {_some(extra)}')
-    if lost := [c for c in was if c not in is_]: res.append(f'{_count(len(lost), "class").replace("classs", "classes")} gone: {_some(lost)}')
-    if sorted(was) == sorted(is_) and was != is_: res.append('the classes have another order')
-    if 'merged' in then:
-        was, is_ = (dict(zip(r['merged'].tolist(), r['merged_into'].tolist())) for r in (then, now))
-        if extra := [f'{n} -> {c}' for n,c in is_.items() if was.get(n) != c]: res.append(f'merges added: {_some(extra)}')
-        if lost := [f'{n} -> {c}' for n,c in was.items() if n not in is_]: res.append(f'merges taken away: {_some(lost)}')
-    return res
+    res = _photo_changes(then, now) + _row_changes(then, now) + _class_changes(then['classes'].tolist(), now['classes'].tolist())
+    return res + _merge_changes(then, now) if 'merged' in then else res
 
 # %% ../nbs/01w_identity.ipynb #1d00000d
 def run_record(
@@ -168,14 +201,18 @@ def compare_data(
     runs = [runs] if isinstance(runs, Run) else list(runs)
     if not runs: return
     if checked is None: checked = check_photos(comp.data_dir, comp.items.path, progress=False)
-    cfg, said, photos = cfg or runs[0].config, {}, photo_hashes(comp, checked)
-    now = data_record(_without_truncated(with_folds(comp, runs[0].experiment), checked), cfg.get('merges'), checked)
+    cfg, said, e = cfg or runs[0].config, {}, runs[0].experiment
+    now = data_record(_without_truncated(with_folds(comp, e), checked), cfg.get('merges'), checked)
     for r in runs:
         for change in run_changes(r, now, reading(r.config) == reading(cfg)): said.setdefault(change, []).append(r.name)
-    e = runs[0].experiment
-    raise_problems(f'the data in {comp.data_dir} is not what {e} was trained on; put it back, or train on it as it is under another name (-p experiment {e}-2), so that nothing old and new is mixed',
-                   [f'{change} (since {rs[0]}{f" and {len(rs)-1} more" if len(rs) > 1 else ""})' for change,rs in said.items()], DataError)
-    if predictions: raise_problems(f'the test photos in {comp.data_dir} are not what {e} has predicted; carnb predict -p experiment {e} predicts them again', [f'{r.name}: {p}' for r in runs for p in test_changes(r, comp, photos)], DataError)
+    problems = [f'{change} (since {rs[0]}{f" and {len(rs)-1} more" if len(rs) > 1 else ""})' for change,rs in said.items()]
+    do = f'put it back, or train on it as it is under another name (-p experiment {e}-2), so that nothing old and new is mixed'
+    raise_problems(f'the data in {comp.data_dir} is not what {e} was trained on; {do}', problems, DataError)
+    if not predictions: return
+    photos = photo_hashes(comp, checked)
+    replaced = [f'{r.name}: {p}' for r in runs for p in test_changes(r, comp, photos)]
+    again = f'carnb predict -p experiment {e} predicts them again'
+    raise_problems(f'the test photos in {comp.data_dir} are not what {e} has predicted; {again}', replaced, DataError)
 
 # %% ../nbs/01w_identity.ipynb #8e0b74f7
 def test_changes(
