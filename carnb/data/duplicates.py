@@ -173,7 +173,8 @@ def _neighbours(names, labels, photos):
 # %% ../../nbs/01d_data.duplicates.ipynb #da760013
 def _affinity(n, k):
     "Ratio of the rates at which photos find the other class and their own, as geometric mean over both directions"
-    own = (k.diagonal()+1)/np.maximum(n, 1) # one more than counted: a class of which no two photos are alike must not look infinitely near to another
+    # one more than counted: a class of which no two photos are alike must not look infinitely near to another
+    own = (k.diagonal()+1)/np.maximum(n, 1)
     rate = k/np.maximum(n, 1)/own[:,None]
     return np.sqrt(rate*rate.T)
 

@@ -10,7 +10,7 @@ __all__ = ['FINDINGS', 'SEVERITIES', 'HOLE', 'ALONE_PIXELS', 'LEFT_OUT', 'CHECK_
 import contextlib, hashlib, os, re, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import cv2, imagehash, numpy as np, pandas as pd
+import cv2, imagehash, pandas as pd
 from PIL import Image
 from tqdm import tqdm
 from ..core import DataError, runs_dir, write_csv
@@ -332,7 +332,10 @@ def _check_all(files, progress):
         return list(tqdm(ex.map(check_photo, files), total=len(files), desc='checking photos', disable=not progress, leave=False))
 
 # %% ../../nbs/01c_data.faults.ipynb #da750023
-def _cache_of(data_dir): return runs_dir()/f'.cache/check-{hashlib.sha1(str(data_dir.resolve()).encode(errors="replace")).hexdigest()[:12]}.csv'
+def _cache_of(data_dir):
+    "Where the checks of a folder are remembered"
+    name = hashlib.sha1(str(data_dir.resolve()).encode(errors='replace')).hexdigest()
+    return runs_dir()/f'.cache/check-{name[:12]}.csv'
 
 # %% ../../nbs/01c_data.faults.ipynb #408997ed
 def check_photos(

@@ -7,7 +7,6 @@ __all__ = ['find_photos_to_check', 'known_test_photos', 'check_data', 'count_fin
 
 # %% ../../nbs/01u_data.folder.ipynb #da790003
 import os, tempfile
-from dataclasses import replace
 from pathlib import Path
 import pandas as pd
 from fastcore.basics import AttrDict
@@ -139,7 +138,8 @@ def check_data(
         rows += more
     found = pd.concat([t for t in (finding_rows(rows), found) if len(t)] or [found])
     for c in ('path', 'message'): found[c] = [as_text(p) for p in found[c]]
-    return AttrDict(photos=items, classes=classes, checked=checked, findings=worst_first(found), duplicates=dups, merges=alike, rare=rare, leaks=leaks)
+    return AttrDict(photos=items, classes=classes, checked=checked, findings=worst_first(found),
+                    duplicates=dups, merges=alike, rare=rare, leaks=leaks)
 
 # %% ../../nbs/01u_data.folder.ipynb #7aa8cf44
 def count_findings(
