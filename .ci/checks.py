@@ -94,9 +94,8 @@ def number(name):
     return m and (int(m[1]), m[2])
 
 def family(path):
-    "What stands between the number and the first dot: 12a_ensemble.weights -> ensemble; `01_data` is the stage `check`"
-    name = path.stem.split('_', 1)[1].split('.')[0]
-    return 'check' if path.stem == '01_data' else name
+    "What stands between the number and the first dot: 12a_ensemble.weights -> ensemble"
+    return path.stem.split('_', 1)[1].split('.')[0]
 
 def module_of(path):
     "The module that a notebook exports, without carnb: ensemble.weights, or ensemble for ensemble.__init__; its name when it exports none"
