@@ -355,7 +355,9 @@ def next_command(
     return f'next: carnb {NEXT[stage]} -p experiment {shlex.quote(experiment)}' if stage in NEXT else 'this was the last command'
 
 # %% ../nbs/00_core.ipynb #f89ab6e8
-NOT_IN_HASH = {'experiment', 'data_dir', 'fold', 'device', 'num_workers', 'tracking', 'folds_file', 'keep_checkpoints', 'cache_dir', 'memory_budget', 'resume', 'checkpoint_minutes', 'weight', 'micro_batches', 'fit_memory', 'cache_bytes', 'made_with', 'planned_epochs'}
+NOT_IN_HASH = {
+    'experiment', 'data_dir', 'fold', 'device', 'num_workers', 'tracking', 'folds_file', 'keep_checkpoints', 'cache_dir', 'memory_budget',
+    'resume', 'checkpoint_minutes', 'weight', 'micro_batches', 'fit_memory', 'cache_bytes', 'made_with', 'planned_epochs', 'layers'}
 
 FILES_IN_HASH = {'pretrained', 'merges'}
 

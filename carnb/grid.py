@@ -16,7 +16,8 @@ from fastcore.basics import AttrDict
 from .memory.study import how_safe
 from .memory.peak import Peak
 from .tasks import get_task, read_data
-from .train import check_experiment, planned_step, resolve, train_config
+from .train import check_experiment, planned_step
+from .settings import resolve, train_config
 
 # %% ../nbs/11_grid.ipynb #8813c223
 def check_grid(

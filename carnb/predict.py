@@ -24,7 +24,8 @@ from .backbones import fixed_size, is_transformer, model_stats
 from .tasks import check_competition, open_experiment, Task
 from .callbacks import free_memory, is_out_of_memory, save_weights
 from .checkpoint import DamagedCheckpoint, get_checkpoint_info, read_checkpoint
-from .train import bare_model, load_model, loss_of, tiny_experiment
+from .train import bare_model, load_model, tiny_experiment
+from .settings import loss_of
 
 # %% ../nbs/12_predict.ipynb #cfa47289
 VIEWS = dict(
