@@ -8,7 +8,8 @@ __all__ = ['TINY', 'epochs_of', 'exponent_summary', 'measured', 'tidy_checkpoint
            'train_run', 'tiny_experiment']
 
 # %% ../nbs/09g_fit.ipynb #fi0003
-from .core import CarnbError, ConfigError, DamagedFile, DataError, raise_problems, runs_dir, safe_name, save_npz  # before torch: see OMP_WAIT_POLICY there
+from .core import CarnbError, ConfigError, DamagedFile, DataError, raise_problems  # before torch: see OMP_WAIT_POLICY there
+from .core import runs_dir, safe_name, save_npz
 from .run import Run, file_digest, is_run_folder, read_file, set_aside, write_record
 import contextlib, time
 import numpy as np
@@ -55,7 +56,8 @@ def measured(
     best = h.rows[h.best['epoch']-1]
     shown = {k: v for k,v in best.items() if k.startswith(('train_', 'val_')) or k == 'gap'}
     metrics = dict(
-        metric=cfg.metric, score=h.best['score'] if validates(cfg) else None, best_epoch=h.best['epoch'], epochs=len(h.rows), steps=learn.train_iter,
+        metric=cfg.metric, score=h.best['score'] if validates(cfg) else None,
+        best_epoch=h.best['epoch'], epochs=len(h.rows), steps=learn.train_iter,
         params=sum(o.numel() for o in learn.model.parameters()), **shown, overfits_since=h.overfit,
         micro_batches=learn.micro_batches.n, checkpoint_seconds=learn.checkpoints.seconds, memory_gb=max(r['memory_gb'] for r in h.rows))
     exponents = {k: exponent_summary(v) for k,v in pooling_p(learn.model).items()}
@@ -100,7 +102,8 @@ def check_experiment(
     if not others: return runs
     raise ConfigError(
         f'task: {cfg.task!r}, but experiment {cfg.experiment} was trained for {" and ".join(others)}, and an experiment has one task: '
-        f'use another name (-p experiment {cfg.experiment}-{cfg.task}), or remove {runs_dir()/safe_name(cfg.experiment)} if its runs were a mistake')
+        f'use another name (-p experiment {cfg.experiment}-{cfg.task}), '
+        f'or remove {runs_dir()/safe_name(cfg.experiment)} if its runs were a mistake')
 
 # %% ../nbs/09g_fit.ipynb #1d3a7e01
 def start_run(

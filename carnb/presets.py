@@ -279,7 +279,9 @@ _cars_plan = dict(
     grad_clip=(1., 'restarts at the full rate'),)
 
 # %% ../nbs/06a_presets.ipynb #49bc2ccb
-_training = dict(baseline_768=_baseline_768, default=_default, efficientnet=_efficientnet, transformer=_transformer, masks_winner=_masks_winner, cars_plan=_cars_plan)
+_training = dict(
+    baseline_768=_baseline_768, default=_default, efficientnet=_efficientnet, transformer=_transformer,
+    masks_winner=_masks_winner, cars_plan=_cars_plan)
 TRAINING_PRESETS = {name: {k: v for k,(v,_) in d.items()} for name,d in _training.items()} # name -> parameters of 10_train
 
 # %% ../nbs/06a_presets.ipynb #0fcf4dd9

@@ -12,8 +12,9 @@ __all__ = ['PRECISIONS', 'KEEP_CHECKPOINTS', 'CHOSEN_FROM', 'RANGES', 'ABOVE_ZER
            'laid', 'resolve']
 
 # %% ../nbs/09c_settings.ipynb #se0003
-from .core import CarnbError, coerce_options, ConfigError, did_you_mean, pick_device, raise_problems  # before torch: see OMP_WAIT_POLICY there
-from .core import Optional, resolve_path, safe_name, stage_config, stage_params, Union # types of the parameters cell
+from .core import CarnbError, coerce_options, ConfigError, did_you_mean, pick_device  # before torch: see OMP_WAIT_POLICY there
+from .core import raise_problems, resolve_path, safe_name, stage_config, stage_params
+from .core import Optional, Union # types of the parameters cell
 import inspect
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
@@ -264,7 +265,9 @@ def freezing_contradicts(cfg)->list[str]:
     return [f'freeze_epochs: {cfg.freeze_epochs} of {cfg.epochs} epochs; the body would never learn']
 
 # %% ../nbs/09c_settings.ipynb #4d249034
-CONTRADICTIONS = (loss_contradicts, soft_targets_contradict, head_contradicts, parts_contradict, canvas_contradicts, growth_contradicts, freezing_contradicts)
+CONTRADICTIONS = (
+    loss_contradicts, soft_targets_contradict, head_contradicts, parts_contradict, canvas_contradicts, growth_contradicts,
+    freezing_contradicts)
 
 def check_resolved(
     cfg, # with every value filled in

@@ -10,8 +10,8 @@ __all__ = ['ABOVE_ZERO', 'PRECISIONS', 'RANGES', 'check_resolved', 'check_train'
            'take_up', 'tiny_experiment', 'train_run']
 
 # %% ../nbs/10_train.ipynb #0e29eecc
-from .settings import ABOVE_ZERO, PRECISIONS, RANGES, check_resolved, check_train, loss_of, option_examples, range_problems, resolve  # before torch: see OMP_WAIT_POLICY there
-from .settings import train_config, typed_options
+from .settings import ABOVE_ZERO, PRECISIONS, RANGES, check_resolved, check_train  # before torch: see OMP_WAIT_POLICY there
+from .settings import loss_of, option_examples, range_problems, resolve, train_config, typed_options
 from .pictures import PredictionGrid, draw_predictions, plot_history
 from .learner import bare_model, build_learner, device_memory, load_model, micro_batches, pick_precision, planned_step
 from .fit import check_experiment, damage_of, epochs_of, finished, fit_run, prepare, start_run, take_up, tiny_experiment, train_run
