@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import AttrDict
-from ..backbones import find_preset
+from ..presets import find_preset
 from .cache import step_lines
 from .count import ACTIVATIONS, PARTS
 from .settings import GB, GIB, OVERHEAD, StepSettings, memory_problems, parse_bytes, unknown_settings

@@ -12,7 +12,8 @@ import functools, re
 from dataclasses import dataclass, fields, replace
 import numpy as np, torch
 from timm.optim import list_optimizers
-from ..backbones import create_model, find_preset, size_problem
+from ..backbones import create_model, size_problem
+from ..presets import find_preset
 from ..canvas import canvas
 from .autocast import ATTENTION, DTYPES
 

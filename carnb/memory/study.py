@@ -9,7 +9,7 @@ __all__ = ['DEVICES', 'CLAIMS', 'how_safe', 'device_rows', 'study', 'plot_study'
 from ..core import ConfigError, raise_problems # before torch: see OMP_WAIT_POLICY there
 import itertools
 import numpy as np, pandas as pd
-from ..backbones import PRESETS, find_preset
+from ..presets import PRESETS, find_preset
 from .cache import record_all
 from .peak import largest_of, peak_of
 from .settings import GIB, OVERHEAD, StepSettings, memory_problems, unknown_settings
