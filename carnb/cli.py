@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DOES', 'OURS', 'GROUPS', 'VIEW_WORDS', 'DEMO', 'DEMO_STEPS', 'read_words', 'parse_args', 'what_it_does', 'main_help',
-           'grouped', 'used_values', 'stage_help', 'signed', 'view_gains', 'worth_lines', 'answer_lines', 'new', 'demo',
-           'main', 'run_command']
+           'grouped', 'used_values', 'stage_help', 'signed', 'calm_losses', 'view_gains', 'worth_lines', 'answer_lines',
+           'new', 'demo', 'main', 'run_command']
 
 # %% ../nbs/17_cli.ipynb #da5d015d
 from .core import CarnbError, coerce, ConfigError, DamagedFile, DataError, did_you_mean, list_stages, load_npz, notebooks_dir
@@ -163,19 +163,40 @@ def signed(
     return f'{mean:+.3f} ({low:+.3f} to {high:+.3f}: {sure})'
 
 # %% ../nbs/17_cli.ipynb #3f4b27ca
+def calm_losses(
+    parts, # (log-probabilities (n, C), targets (n,)) of each fold
+): # array (n,): log loss of every photo
+    "Losses under a temperature: each fold gets the one that suits the other folds, or stays as it is when there is no other"
+    import numpy as np
+    from carnb.ensemble import fit_temperature, temper
+    from carnb.metrics import log_losses
+    losses = []
+    for k,(x,t) in enumerate(parts):
+        others = parts[:k] + parts[k+1:]
+        T = fit_temperature(*map(np.concatenate, zip(*others))) if others else 1.
+        losses.append(log_losses(np.exp(temper(x, T)), t))
+    return np.concatenate(losses)
+
+
+# %% ../nbs/17_cli.ipynb #d14a0001
 def view_gains(
     model, # folder of one model, with `fold*/oof_tta.npz`
-)->tuple: # photos, log loss and accuracy of the plain view, {view: (log loss of its mean with the plain view, `Interval` of the difference)}
-    "What each further view adds to the photo as it is, out of fold"
+)->tuple: # photos, log loss and accuracy of the plain view, its loss with a temperature, {view: (loss of its mean with the plain view, `Interval` of the difference)}
+    "What each further view adds to the photo as it is, out of fold; both with a temperature"
     import numpy as np
-    from carnb.metrics import accuracy, log_losses, paired_bootstrap, softmax
+    from carnb.ensemble import log_softmax
+    from carnb.metrics import accuracy, log_loss, paired_bootstrap
     data = [load_npz(f) for f in sorted(Path(model).glob('fold*/oof_tta.npz'))]
-    targets = np.concatenate([d.targets for d in data])
-    views = dict(zip(map(str, data[0].views), softmax(np.concatenate([d.logits for d in data], 1).astype('f8'))))
-    plain = views.pop('identity')
-    base = log_losses(plain, targets)
-    losses = {v: log_losses((plain+p)/2, targets) for v,p in views.items()}
-    return len(targets), base.mean(), accuracy(plain, targets), {v: (l.mean(), paired_bootstrap(l, base)) for v,l in losses.items()}
+    names = [str(v) for v in data[0].views]
+    folds = [(np.exp(log_softmax(d.logits.astype('f8'))), d.targets) for d in data]
+    first = names.index('identity')
+    plain = np.concatenate([p[first] for p,_ in folds])
+    targets = np.concatenate([t for _,t in folds])
+    losses = {v: calm_losses([(np.log(np.maximum((p[first]+p[k])/2, 1e-30)), t) for p,t in folds]) for k,v in enumerate(names)}
+    base = losses.pop('identity')
+    gains = {v: (l.mean(), paired_bootstrap(l, base)) for v,l in losses.items()}
+    return len(targets), log_loss(plain, targets), accuracy(plain, targets), base.mean(), gains
+
 
 # %% ../nbs/17_cli.ipynb #d36c0003
 def worth_lines(
@@ -185,13 +206,14 @@ def worth_lines(
     folder = runs_dir()/safe_name(experiment)
     e = read_json(folder/'ensemble/ensemble.json')
     gains = {f.name: view_gains(f) for f in sorted({o.parent.parent for o in folder.glob('*/fold*/oof_tta.npz')})}
-    model = min(gains, key=lambda k: gains[k][1])
-    n, loss, right, views = gains[model]
-    row = lambda words, score, rest: f'  {words:<58} {score:.3f}   {rest}'
+    model = min(gains, key=lambda k: gains[k][3])
+    n, loss, right, calm, views = gains[model]
+    row = lambda words, score, rest: f'  {words:<62} {score:.3f}   {rest}'
     return [f'Out of fold, {n} photos: log loss (lower is better), and the difference with its 95 % interval.',
             row(f'the best model alone, {model}', loss, f'{right:.0%} right'),
+            row('  with a temperature (how sure it may be), as all lines below', calm, ''),
             *[row(f'  and {VIEW_WORDS.get(v, v)}, the mean of both', l, signed(*d)) for v,(l,d) in views.items()],
-            row('the best model with the views and temperature that suit it', e['best_single']['score'], ''),
+            row('the best model with the views that suit it', e['best_single']['score'], ''),
             row(f'the ensemble ({e["combination"]}) against the line above', e['scores']['nested'], signed(**e['difference']))]
 
 # %% ../nbs/17_cli.ipynb #eb75b654

@@ -6,13 +6,13 @@
 __all__ = ['BODIES', 'HEAD', 'TAIL', 'GRILLE', 'WHEEL', 'CARS', 'LIGHT', 'SKY', 'PLACES', 'PAINTS', 'SHARES', 'PARTS', 'FAULTS',
            'FAULT_HELP', 'VERSION', 'FACE_PHOTOS', 'Body', 'Car', 'demo_merges', 'profile', 'skin', 'Camera', 'shade',
            'fill', 'line', 'dense', 'Drawing', 'texture', 'gradient', 'street', 'wall', 'field', 'garage', 'aim',
-           'shadow', 'expose', 'take_photo', 'other_car', 'encode', 'photo_bytes', 'class_counts', 'fingerprint',
-           'demo_info', 'demo_faults', 'make_demo', 'draw_face', 'make_persons']
+           'step_up', 'pose', 'shadow', 'expose', 'take_photo', 'other_car', 'encode', 'photo_bytes', 'class_counts',
+           'bytes_digest', 'demo_info', 'demo_faults', 'make_demo', 'draw_face', 'make_persons']
 
 # %% ../nbs/01a_demo.ipynb #244261a8
 import hashlib, io, json, os, shutil, unicodedata, uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -519,6 +519,35 @@ def aim(rng, body, w, h):
     scale = min(w*rng.uniform(.8,.98)/size[0], h*rng.uniform(.72,.92)/size[1])
     return Camera(scale=scale, origin=tuple((np.array([w,h])-size*scale)*[rng.random(),rng.uniform(.45,.95)]-lo*scale), **args)
 
+# %% ../nbs/01a_demo.ipynb #d14b0001
+def step_up(
+    rng,
+    cam:Camera,
+    body:Body,
+    w,h,         # of the canvas
+    times:float  # how many times larger
+)->Camera:
+    "The camera nearer to the nose or the tail, whichever shows, so that it fills the picture"
+    length = body.outline[8][0]
+    end = cam(skin(body, length if cam.yaw>0 else 0, .7, 0))
+    at = np.array([w,h])*[rng.uniform(.35,.65), rng.uniform(.4,.7)]
+    return replace(cam, scale=cam.scale*times, origin=tuple(at-(end-cam.origin)*times))
+
+
+# %% ../nbs/01a_demo.ipynb #d14b0004
+def pose(
+    rng,
+    body:Body,
+    size,        # typical width and height in pixels
+    near=None    # how many times nearer, at least and at most
+)->tuple:        # width, height, and the camera for a canvas of twice that size
+    "Size of a photo and where its camera stands"
+    area,ratio = size[0]*size[1]*rng.uniform(.75,1.3), size[0]/size[1]*rng.choice([.76,.85,1,1,1.1])
+    w,h = round((area*ratio)**.5), round((area/ratio)**.5)
+    cam = aim(rng, body, 2*w, 2*h)
+    return w, h, step_up(rng, cam, body, 2*w, 2*h, rng.uniform(*near)) if near else cam
+
+
 # %% ../nbs/01a_demo.ipynb #36a76d5c
 def shadow(shape, body, cam, sun):
     "Light that is left on the ground (h, w, 1)"
@@ -548,14 +577,13 @@ def expose(rng, img):
 def take_photo(
     name,            # class folder, a key of `CARS`; or a `Car`
     rng,             # `np.random.Generator` from which all that is not the class comes
-    size=(320,180)   # typical width and height in pixels; each photo differs a little
+    size=(320,180),  # typical width and height in pixels; each photo differs a little
+    near=None        # how many times nearer, at least and at most; the middle is then the end that shows
 ):                   # (h, w, 3) uint8 RGB
     "One photo of a class, or of any car"
-    area,ratio = size[0]*size[1]*rng.uniform(.75,1.3), size[0]/size[1]*rng.choice([.76,.85,1,1,1.1])
-    w,h = round((area*ratio)**.5), round((area/ratio)**.5)
     car = name if isinstance(name, Car) else CARS[name]
     body = BODIES[car.body]
-    cam = aim(rng, body, 2*w, 2*h)
+    w,h,cam = pose(rng, body, size, near)
     hz = int(np.clip(cam.horizon/2, h*.12, h*.72))
     place = PLACES[rng.choice(list(PLACES))](rng, w, h, hz).clip(0,255).astype(np.float32)
     place = cv2.resize(cv2.GaussianBlur(place, (0,0), rng.uniform(.5,2.2)), (2*w,2*h))
@@ -639,7 +667,7 @@ def class_counts(
 # %% ../nbs/01a_demo.ipynb #5c230b5c
 VERSION = 1  # goes up when the drawing changes
 
-def fingerprint(
+def bytes_digest(
     path # folder
 )->str:
     "SHA-256 over names and bytes of all files below `path`, except `demo.json`"
@@ -720,7 +748,7 @@ def make_demo(
     tmp.mkdir(parents=True)
     try:
         _draw_all(tmp, n_train, n_test, size, seed, progress)
-        (tmp/'demo.json').write_text(json.dumps({**want, 'fingerprint':fingerprint(tmp)}, indent=1), encoding='utf-8')
+        (tmp/'demo.json').write_text(json.dumps({**want, 'fingerprint':bytes_digest(tmp)}, indent=1), encoding='utf-8')
         if not _is_there(path, want, force) or force:   # else another process was faster and drew the same
             if path.exists(): path.rename(old)
             try: tmp.rename(path)
