@@ -245,7 +245,7 @@ def new(
     return 0
 
 # %% ../nbs/17_cli.ipynb #0a888270
-DEMO = dict(archs=['test_resnet'], over=dict(img_size=[108, 140]), folds=[0, 1, 2, 3],
+DEMO = dict(archs=['test_resnet'], over=dict(img_size=[140, 152]), folds=[0, 1, 2, 3],
             settings=dict(keep_checkpoints='none')) # and the weights of `06a_demo_weights`
 DEMO_STEPS = dict(
     grid='two models (one network, two photo sizes) x four of five folds; a fold is a fifth of the photos, kept from its model and used to test it',
