@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['BODIES', 'HEAD', 'TAIL', 'GRILLE', 'WHEEL', 'CARS', 'LIGHT', 'SKY', 'PLACES', 'PAINTS', 'SHARES', 'PARTS', 'FAULTS',
-           'FAULT_HELP', 'VERSION', 'FACE_PHOTOS', 'Body', 'Car', 'demo_merges', 'profile', 'skin', 'Camera', 'shade',
-           'fill', 'line', 'dense', 'Drawing', 'texture', 'gradient', 'street', 'wall', 'field', 'garage', 'aim',
-           'shadow', 'expose', 'take_photo', 'other_car', 'encode', 'photo_bytes', 'class_counts', 'fingerprint',
-           'demo_info', 'demo_faults', 'make_demo', 'draw_face', 'make_persons']
+           'FAULT_HELP', 'VERSION', 'FACE_PHOTOS', 'LONG_HAIR', 'HAIR', 'SKIN', 'EYE', 'BROW', 'NOSE', 'MOUTH',
+           'MASK_TOP', 'CLOTH', 'Body', 'Car', 'demo_merges', 'profile', 'skin', 'Camera', 'shade', 'fill', 'line',
+           'dense', 'Drawing', 'texture', 'gradient', 'street', 'wall', 'field', 'garage', 'aim', 'step_up', 'pose',
+           'shadow', 'expose', 'take_photo', 'other_car', 'encode', 'photo_bytes', 'class_counts', 'bytes_digest',
+           'demo_info', 'demo_faults', 'make_demo', 'Face', 'oval', 'draw_part', 'face_of', 'draw_wrinkles',
+           'draw_person', 'draw_mask', 'draw_face', 'make_persons']
 
 # %% ../nbs/01a_demo.ipynb #244261a8
 import hashlib, io, json, os, shutil, unicodedata, uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -519,6 +521,35 @@ def aim(rng, body, w, h):
     scale = min(w*rng.uniform(.8,.98)/size[0], h*rng.uniform(.72,.92)/size[1])
     return Camera(scale=scale, origin=tuple((np.array([w,h])-size*scale)*[rng.random(),rng.uniform(.45,.95)]-lo*scale), **args)
 
+# %% ../nbs/01a_demo.ipynb #d14b0001
+def step_up(
+    rng,
+    cam:Camera,
+    body:Body,
+    w,h,         # of the canvas
+    times:float  # how many times larger
+)->Camera:
+    "The camera nearer to the nose or the tail, whichever shows, so that it fills the picture"
+    length = body.outline[8][0]
+    end = cam(skin(body, length if cam.yaw>0 else 0, .7, 0))
+    at = np.array([w,h])*[rng.uniform(.35,.65), rng.uniform(.4,.7)]
+    return replace(cam, scale=cam.scale*times, origin=tuple(at-(end-cam.origin)*times))
+
+
+# %% ../nbs/01a_demo.ipynb #d14b0004
+def pose(
+    rng,
+    body:Body,
+    size,        # typical width and height in pixels
+    near=None    # how many times nearer, at least and at most
+)->tuple:        # width, height, and the camera for a canvas of twice that size
+    "Size of a photo and where its camera stands"
+    area,ratio = size[0]*size[1]*rng.uniform(.75,1.3), size[0]/size[1]*rng.choice([.76,.85,1,1,1.1])
+    w,h = round((area*ratio)**.5), round((area/ratio)**.5)
+    cam = aim(rng, body, 2*w, 2*h)
+    return w, h, step_up(rng, cam, body, 2*w, 2*h, rng.uniform(*near)) if near else cam
+
+
 # %% ../nbs/01a_demo.ipynb #36a76d5c
 def shadow(shape, body, cam, sun):
     "Light that is left on the ground (h, w, 1)"
@@ -548,14 +579,13 @@ def expose(rng, img):
 def take_photo(
     name,            # class folder, a key of `CARS`; or a `Car`
     rng,             # `np.random.Generator` from which all that is not the class comes
-    size=(320,180)   # typical width and height in pixels; each photo differs a little
+    size=(320,180),  # typical width and height in pixels; each photo differs a little
+    near=None        # how many times nearer, at least and at most; the middle is then the end that shows
 ):                   # (h, w, 3) uint8 RGB
     "One photo of a class, or of any car"
-    area,ratio = size[0]*size[1]*rng.uniform(.75,1.3), size[0]/size[1]*rng.choice([.76,.85,1,1,1.1])
-    w,h = round((area*ratio)**.5), round((area/ratio)**.5)
     car = name if isinstance(name, Car) else CARS[name]
     body = BODIES[car.body]
-    cam = aim(rng, body, 2*w, 2*h)
+    w,h,cam = pose(rng, body, size, near)
     hz = int(np.clip(cam.horizon/2, h*.12, h*.72))
     place = PLACES[rng.choice(list(PLACES))](rng, w, h, hz).clip(0,255).astype(np.float32)
     place = cv2.resize(cv2.GaussianBlur(place, (0,0), rng.uniform(.5,2.2)), (2*w,2*h))
@@ -639,7 +669,7 @@ def class_counts(
 # %% ../nbs/01a_demo.ipynb #5c230b5c
 VERSION = 1  # goes up when the drawing changes
 
-def fingerprint(
+def bytes_digest(
     path # folder
 )->str:
     "SHA-256 over names and bytes of all files below `path`, except `demo.json`"
@@ -720,7 +750,7 @@ def make_demo(
     tmp.mkdir(parents=True)
     try:
         _draw_all(tmp, n_train, n_test, size, seed, progress)
-        (tmp/'demo.json').write_text(json.dumps({**want, 'fingerprint':fingerprint(tmp)}, indent=1), encoding='utf-8')
+        (tmp/'demo.json').write_text(json.dumps({**want, 'fingerprint':bytes_digest(tmp)}, indent=1), encoding='utf-8')
         if not _is_there(path, want, force) or force:   # else another process was faster and drew the same
             if path.exists(): path.rename(old)
             try: tmp.rename(path)
@@ -733,6 +763,81 @@ def make_demo(
 # %% ../nbs/01a_demo.ipynb #f3d2c870
 FACE_PHOTOS = dict(mask1='mask', mask2='mask', mask3='mask', mask4='mask', mask5='mask', incorrect_mask='incorrect', normal='normal')
 
+
+# %% ../nbs/01a_demo.ipynb #d14d0002
+LONG_HAIR, HAIR, SKIN = (0,.45,1.02,1.45), (0,-.22,.86,1.02), (0,.12,.74,1)
+EYE, BROW = (.3,0,.1,.06), (.3,-.17,.15,.03)     # of the right half; the left one mirrors it
+NOSE, MOUTH = (0,.3,.07,.12), (0,.68,.22,.06)
+MASK_TOP = dict(mask=.12, incorrect=.52)         # worn wrongly: below the nose
+CLOTH = [[230,235,240],[120,170,215],[40,40,45]]
+
+
+# %% ../nbs/01a_demo.ipynb #d14d0003
+@dataclass(frozen=True)
+class Face:
+    "Where a face is and what it is made of"
+    x:float            # of its middle, pixels
+    y:float
+    r:float            # half its height
+    skin:np.ndarray    # RGB
+    hair:np.ndarray    # RGB
+    def at(self, x, y):
+        "Pixel of a point of the table"
+        return self.x+self.r*x, self.y+self.r*y
+
+
+# %% ../nbs/01a_demo.ipynb #d14d0006
+def oval(img, x, y, rx, ry, rgb):
+    "Fill an upright ellipse"
+    size = max(1, int(rx)), max(1, int(ry))
+    cv2.ellipse(img, (int(x), int(y)), size, 0, 0, 360, tuple(map(int, rgb)), -1, cv2.LINE_AA)
+
+def draw_part(img, face, shape, rgb):
+    "Fill an oval of the table"
+    x, y, rx, ry = shape
+    oval(img, *face.at(x, y), face.r*rx, face.r*ry, rgb)
+
+
+# %% ../nbs/01a_demo.ipynb #d14d0009
+def face_of(rng, w, h, age):
+    "A face of that age somewhere near the middle"
+    skin = rng.uniform(.75, 1)*np.array([235, 200, 170])
+    grey = np.clip((age-35)/35, 0, 1)
+    hair = np.array([45, 32, 26])*(1-grey) + 205*grey
+    return Face(w*(.5+rng.uniform(-.05, .05)), h*(.47+rng.uniform(-.04, .04)), h*rng.uniform(.25, .3), skin, hair)
+
+
+# %% ../nbs/01a_demo.ipynb #d14d000b
+def draw_wrinkles(img, face, age):
+    "One line on the forehead for every twelve years after 25"
+    for i in range(max(0, (age-25)//12)):
+        y = -(.34+.09*i)
+        ends = [tuple(map(int, face.at(x, y))) for x in (-.4, .4)]
+        cv2.line(img, *ends, tuple(map(int, face.skin*.8)), 1, cv2.LINE_AA)
+
+
+# %% ../nbs/01a_demo.ipynb #d14d000d
+def draw_person(img, face, gender, age):
+    "Hair, skin, eyes, brows, wrinkles, nose and mouth"
+    if gender == 'female': draw_part(img, face, LONG_HAIR, face.hair)
+    draw_part(img, face, HAIR, face.hair)
+    draw_part(img, face, SKIN, face.skin)
+    for side in (-1, 1):
+        for (x,*rest),rgb in ((EYE, (30, 30, 30)), (BROW, face.hair)): draw_part(img, face, (side*x, *rest), rgb)
+    draw_wrinkles(img, face, age)
+    draw_part(img, face, NOSE, face.skin*.85)
+    draw_part(img, face, MOUTH, (170, 70, 70))
+
+
+# %% ../nbs/01a_demo.ipynb #d14d000f
+def draw_mask(img, face, top, rgb):
+    "A mask whose upper edge is at `top`"
+    corners = (-.66, top), (.66, top), (.5, 1.02), (-.5, 1.02)
+    pts = np.round([face.at(*p) for p in corners]).astype(np.int32)
+    cv2.fillPoly(img, [pts], tuple(map(int, rgb)), cv2.LINE_AA)
+
+
+# %% ../nbs/01a_demo.ipynb #d14d0011
 def draw_face(
     rng, # NumPy generator: pose, light, colours
     gender:str, # male or female
@@ -743,26 +848,14 @@ def draw_face(
     "A drawn face"
     h,w = size
     img = np.full((h, w, 3), rng.integers(120, 220, 3), np.uint8)
-    img = np.clip(img + gradient(w, h, rng.uniform(-20, 20, 3), rng.uniform(-20, 20, 3)), 0, 255).astype(np.uint8)
-    skin = rng.uniform(.75, 1)*np.array([235, 200, 170])
-    hair = np.array([45, 32, 26])*(1-(g := np.clip((age-35)/35, 0, 1))) + 205*g
-    cx, cy, r = w*(.5+rng.uniform(-.05, .05)), h*(.47+rng.uniform(-.04, .04)), h*rng.uniform(.25, .3)
-    def oval(x, y, rx, ry, c, angle=0): cv2.ellipse(img, (int(x), int(y)), (max(1, int(rx)), max(1, int(ry))), angle, 0, 360, tuple(map(int, c)), -1, cv2.LINE_AA)
-    oval(cx, h*1.1, r*1.5, h*.33, rng.integers(20, 200, 3))                          # shoulders
-    if gender == 'female': oval(cx, cy+r*.45, r*1.02, r*1.45, hair)                  # long hair
-    oval(cx, cy-r*.22, r*.86, r*1.02, hair)
-    oval(cx, cy+r*.12, r*.74, r, skin)
-    for s in (-1, 1):
-        oval(cx+s*r*.3, cy, r*.1, r*.06, (30, 30, 30))
-        oval(cx+s*r*.3, cy-r*.17, r*.15, r*.03, hair)
-    for i in range(max(0, (age-25)//12)): cv2.line(img, (int(cx-r*.4), int(cy-r*(.34+.09*i))), (int(cx+r*.4), int(cy-r*(.34+.09*i))), tuple(map(int, skin*.8)), 1, cv2.LINE_AA)
-    oval(cx, cy+r*.3, r*.07, r*.12, skin*.85)                                        # nose
-    oval(cx, cy+r*.68, r*.22, r*.06, (170, 70, 70))                                  # mouth
-    if state != 'normal':
-        top = .12 if state == 'mask' else .52                                        # worn wrongly: below the nose
-        box = [(cx-r*.66, cy+r*top), (cx+r*.66, cy+r*top), (cx+r*.5, cy+r*1.02), (cx-r*.5, cy+r*1.02)]
-        cv2.fillPoly(img, [np.round(box).astype(np.int32)], tuple(map(int, rng.choice([[230, 235, 240], [120, 170, 215], [40, 40, 45]]))), cv2.LINE_AA)
-    return np.clip(img*rng.uniform(.8, 1.15) + rng.normal(0, 5, img.shape), 0, 255).astype(np.uint8)
+    light = gradient(w, h, rng.uniform(-20, 20, 3), rng.uniform(-20, 20, 3))
+    img = np.clip(img+light, 0, 255).astype(np.uint8)
+    face = face_of(rng, w, h, age)
+    oval(img, face.x, h*1.1, face.r*1.5, h*.33, rng.integers(20, 200, 3))    # shoulders
+    draw_person(img, face, gender, age)
+    if state != 'normal': draw_mask(img, face, MASK_TOP[state], rng.choice(CLOTH))
+    return np.clip(img*rng.uniform(.8, 1.15)+rng.normal(0, 5, img.shape), 0, 255).astype(np.uint8)
+
 
 # %% ../nbs/01a_demo.ipynb #cde191b7
 def make_persons(

@@ -34,14 +34,18 @@ def check_report(
 def score_bars(
     summary:dict, # `ensemble.json`
 )->pd.DataFrame: # name, score, low, high, chosen; the largest score first
-    "Members and ensemble; the ensemble by the score that is to be expected"
-    t, members, chosen = pd.DataFrame(summary['combinations']), [m['name'] for m in summary['members']], summary['combination']
+    "Members, with a temperature where they have been tried with one, and ensemble by the score that is to be expected"
+    t, chosen = pd.DataFrame(summary['combinations']), summary['combination']
+    tried = set(t.combination)
+    calm = {m['name']: f'{m["name"]}, temperature' for m in summary['members']}
+    members = [c if c in tried else name for name,c in calm.items()]
     t = t[t.combination.isin(members) | (t.combination == chosen)].rename(columns=dict(combination='name', nested='score'))
     t = t.assign(chosen=t.name == chosen)[['name', 'score', 'low', 'high', 'chosen']]
     h = headline(summary)
     t.loc[t.chosen, ['score', 'low', 'high']] = h.score, h.low, h.high
-    if chosen not in members: t.loc[t.chosen, 'name'] = f'ensemble ({chosen})'
+    if chosen not in [*calm, *calm.values()]: t.loc[t.chosen, 'name'] = f'ensemble ({chosen})'
     return t.sort_values('score', ascending=False, ignore_index=True)
+
 
 # %% ../../nbs/16_report.ipynb #96b4e993
 def picture(
