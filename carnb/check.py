@@ -9,7 +9,7 @@ __all__ = ['check_problems', 'reader_of', 'said_when_full', 'check_folder', 'sho
 import carnb.core # before torch: see OMP_WAIT_POLICY there
 import contextlib, functools, os
 from pathlib import Path
-from .checkpoint import disk_message
+from .disk import disk_message
 from .core import CarnbError, runs_dir, safe_name, resolve_path
 from .data.folder import check_data
 from .data.items import read_competition

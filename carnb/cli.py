@@ -129,22 +129,16 @@ def grouped(
 # %% ../nbs/17_cli.ipynb #98878653
 def used_values(
     params:dict, # given parameters of train
-)->dict: # name -> value and where it comes from
+)->dict: # name -> value and the layer that gives it
     "What training would use for every parameter that is `None`"
-    from carnb.backbones import start_values
-    from carnb.tasks import DEMO_RECIPE, get_task
-    from carnb.train import resolve, train_config
+    import pandas as pd
+    from carnb.settings import laid, resolve, train_config
+    from carnb.tasks import get_task
     cfg = train_config(**params)
-    task = get_task(cfg.task)
-    open_, auto = [k for k,v in cfg.items() if v is None], cfg.aspect is None and task.aspect == 'auto'
-    if auto: cfg.aspect = 1. # the photos are not looked at here
-    full = resolve(cfg, task, None)
-    start = start_values(cfg.arch, cfg.training_preset, cfg.optimizer)
-    def source(k):
-        if cfg.data_dir is None and full[k] == DEMO_RECIPE.get(k) != start.get(k): return 'the demo'
-        if k in start: return f'{cfg.training_preset} or {cfg.arch}' if cfg.training_preset else cfg.arch
-        return f'task {cfg.task}' if k in task.training or k in ('loss', 'fit', 'aspect') else ''
-    return {k: ('auto' if auto and k == 'aspect' else full[k], source(k)) for k in open_ if full.get(k) is not None}
+    task, square = get_task(cfg.task), pd.DataFrame(dict(width=[1], height=[1])) # the photos are not looked at here
+    full, (values, source) = resolve(cfg, task, square), laid(cfg, task)
+    if values['aspect'] == 'auto': full.aspect = 'auto'
+    return {k: (full[k], source.get(k, '')) for k,v in cfg.items() if v is None and full.get(k) is not None}
 
 # %% ../nbs/17_cli.ipynb #cl000006
 def _shown(
@@ -197,7 +191,7 @@ def new(
     return 0
 
 # %% ../nbs/17_cli.ipynb #0a888270
-DEMO = dict(archs=['test_resnet'], over=dict(img_size=[108, 140]), folds=[0, 1, 2, 3],
+DEMO = dict(archs=['test_resnet'], over=dict(img_size=[140, 152]), folds=[0, 1, 2, 3],
             settings=dict(keep_checkpoints='none')) # and the weights of `06a_demo_weights`
 DEMO_STEPS = dict(
     grid='two models (one network, two photo sizes) x four of five folds; '

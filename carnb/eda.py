@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAME_KINDS', 'class_balance', 'plot_balance', 'canvas_size', 'plot_sizes', 'colour_stats', 'photo_features',
-           'plot_brightness', 'sample_sheet', 'label_pairs', 'show_pairs', 'NameParts', 'name_parts', 'is_slip',
-           'name_kind', 'shared_photos', 'name_candidates', 'Shift', 'weighted_auc', 'shift_auc', 'plot_shift',
-           'eda_summary']
+           'plot_brightness', 'sample_sheet', 'show_pairs', 'NameParts', 'name_parts', 'is_slip', 'name_kind',
+           'shared_photos', 'name_candidates', 'Shift', 'weighted_auc', 'shift_auc', 'plot_shift', 'eda_summary']
 
 # %% ../nbs/02_eda.ipynb #0e3f453b
 import difflib, itertools, re, unicodedata
@@ -18,7 +17,9 @@ from .canvas import median_aspect, sides_of
 from .core import ConfigError, DataError, did_you_mean, raise_problems
 from .machine import item_rng
 from .text import use_korean_font
-from .data import merge_suggestions, nfc, read_image
+from .data.duplicates import label_pairs
+from .data.merges import merge_suggestions
+from .data.photos import nfc, read_image
 
 # %% ../nbs/02_eda.ipynb #7e6af385
 def _need(table, columns, what):
@@ -378,24 +379,6 @@ def sample_sheet(
     ax.set_yticks(middle, [f'{_wrap(c)}\n{count[c]} photos' for c in shown], fontsize=11)
     ax.set_title(_page_title(page, pages), fontsize=11, loc='right')
     return ax
-
-# %% ../nbs/02_eda.ipynb #f27ef0b8
-def label_pairs(
-    pairs:pd.DataFrame, # `a`, `b` (paths) and `kind`: from `duplicate_pairs`
-    items:pd.DataFrame, # items table
-    column:str='target', # class column
-)->pd.DataFrame: # pairs with label_a, label_b, split_a, split_b, conflict (both known and different); conflicts first
-    "What the items table says about both photos of each pair"
-    _need(items, ['path', column], 'items')
-    raise_problems('pairs: the table lacks columns', [c for c in ('a', 'b', 'kind') if c not in pairs], DataError)
-    by = items.drop_duplicates('path').set_index('path')
-    res = pairs.copy()
-    for s in 'ab':
-        label = res[s].map(by[column])
-        res[f'label_{s}'] = label.where(label.notna(), '')
-        res[f'split_{s}'] = res[s].map(by['split']).fillna('') if 'split' in by else ''
-    res['conflict'] = (res.label_a != '') & (res.label_b != '') & (res.label_a != res.label_b)
-    return res.sort_values('conflict', ascending=False, kind='stable', ignore_index=True)
 
 # %% ../nbs/02_eda.ipynb #3a3a2253
 def _pair_text(r):

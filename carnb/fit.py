@@ -10,18 +10,21 @@ __all__ = ['TINY', 'epochs_of', 'exponent_summary', 'measured', 'tidy_checkpoint
 # %% ../nbs/09g_fit.ipynb #fi0003
 from .core import CarnbError, ConfigError, DamagedFile, DataError, raise_problems  # before torch: see OMP_WAIT_POLICY there
 from .core import runs_dir, safe_name, save_npz
-from .run import Run, file_digest, is_run_folder, read_file, set_aside, write_record
+from .run import Run, is_run_folder, read_file, set_aside
+from .records import file_digest, write_record
 import contextlib, time
 import numpy as np
 from fastai.learner import Learner
 from fastcore.basics import AttrDict
 from filelock import FileLock
-from .data import assign_folds, Competition
+from .data.folds import assign_folds
+from .data.items import Competition
 from .identity import code_version, compare_data, data_changes, data_record, fingerprint, restore_folds, trained_runs
 from .pooling import pooling_p
-from .checkpoint import cleanup_old_checkpoints, DamagedCheckpoint, disk_message, get_checkpoint_info, list_checkpoints, run_lock
+from .checkpoint import cleanup_old_checkpoints, DamagedCheckpoint, get_checkpoint_info, list_checkpoints
+from .disk import disk_message, run_lock
 from .tasks import get_task, read_data
-from .callbacks import fit_from
+from .training.resume import fit_from
 from .settings import resolve, train_config, validates
 from .learner import build_learner
 

@@ -19,7 +19,9 @@ from .identity import compare_data
 from .memory.peak import Peak
 from .memory.study import how_safe
 from .tasks import get_task, read_data
-from .train import check_experiment, planned_step, resolve, train_config
+from .fit import check_experiment
+from .learner import planned_step
+from .settings import resolve, train_config
 
 # %% ../nbs/11_grid.ipynb #8813c223
 GIVEN_BY_NAME = ('arch', 'fold', 'seed', 'experiment', 'task', 'data_dir', 'n_folds', 'device') # not among over and settings

@@ -7,7 +7,8 @@ __all__ = ['PATIENCE', 'LEAVING', 'OURS', 'NO_MEMORY', 'signals_of', 'Requests',
            'started_since', 'end_kernel', 'saves', 'Supervisor', 'run_notebook', 'Shown', 'say', 'failure', 'run_stage']
 
 # %% ../nbs/16c_launch.ipynb #la02
-from .core import CarnbError, ConfigError, DataError, stage_notebook
+from .core import CarnbError, ConfigError, DamagedFile, DataError
+from .stages import stage_notebook
 import contextlib, os, re, signal, sys, threading, time
 from pathlib import Path
 
@@ -48,7 +49,8 @@ class NotebookRun(threading.Thread):
         err=None, # and its stderr
     ):
         super().__init__(daemon=True)
-        self.path,self.params,self.out_err,self.error,self.in_cell,self.stop = path,params,(out,err),None,False,False
+        self.path,self.params,self.out_err = path,params,(out,err)
+        self.error,self.in_cell,self.stop = None,False,False
     def before(self, **_):
         if self.stop: raise Stopped
         self.in_cell = True
@@ -60,16 +62,15 @@ class NotebookRun(threading.Thread):
     def execute(self):
         import logging, warnings
         logging.getLogger('papermill').setLevel(logging.ERROR)
+        out, err = self.out_err
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             import papermill
-            papermill.execute_notebook(str(self.path), None, parameters=self.params, progress_bar=False, stdout_file=self.out_err[0], stderr_file=self.out_err[1],
-                                       kernel_name='python3', on_cell_execute=self.before, on_cell_executed=self.after)
+            papermill.execute_notebook(
+                str(self.path), None, parameters=self.params, progress_bar=False, stdout_file=out, stderr_file=err,
+                kernel_name='python3', on_cell_execute=self.before, on_cell_executed=self.after)
 
 # %% ../nbs/16c_launch.ipynb #la13
-PATIENCE = 3. # seconds from the request to the end of a cell that nothing keeps
-LEAVING = 30. # seconds for what has saved its state to close its workers and say so; another signal in between would tear that
-
 def kernels()->list: # of psutil processes
     "Kernels that this process has started"
     import psutil
@@ -100,38 +101,51 @@ def end_kernel(
         if hasattr(os, 'killpg') and os.getpgid(kernel.pid) == kernel.pid: os.killpg(kernel.pid, signal.SIGKILL)
         else: kernel.kill()
 
+# %% ../nbs/16c_launch.ipynb #la13b
+def _handles_sigterm(pid): return signal.SIGTERM in (signals_of(pid, 'SigCgt') or ())
+
 # %% ../nbs/16c_launch.ipynb #09093872
 def saves(
     kernel, # a psutil process
 )->bool:
     "Is there something below this kernel that saves before it ends: a training in it, or cells of a grid?"
     import psutil
-    if signal.SIGTERM in (signals_of(kernel.pid, 'SigCgt') or ()): return True
+    if _handles_sigterm(kernel.pid): return True
     with contextlib.suppress(psutil.Error): return any('carnb.cli' in ' '.join(p.cmdline()) for p in kernel.children())
     return False
 
 # %% ../nbs/16c_launch.ipynb #la14
+PATIENCE = 3. # seconds from the request to the end of a cell that nothing keeps
+LEAVING = 30. # seconds for what has saved its state to close its workers and say so; another signal in between would tear that
+
 class Supervisor:
     "Ends a `NotebookRun` on request; `step` is called until it is over"
     def __init__(self,
         job:NotebookRun, # that runs
         asks:Requests, # what was asked so far
-    ): self.job,self.asks,self.sent,self.presses,self.last,self.waits,self.over,self.saved,self.began = job,asks,0,0,None,None,False,False,time.time()
+    ):
+        self.job,self.asks,self.began,self.over,self.saved = job,asks,time.time(),False,False
+        self.sent,self.presses = 0,0 # signals sent, and how often Ctrl-C had been pressed at the last of them
+        self.last = self.waits = None # since when nobody has a reason to wait; since when no cell runs
     def step(self):
         "Look at the kernel, and do what its state asks for"
         now = time.monotonic()
-        if self.last is None: self.last = self.asks.times[0] # since when nobody has a reason to wait
-        kernel, self.job.stop = next(iter(kernels()), None), True
+        if self.last is None: self.last = self.asks.times[0]
+        self.job.stop = True
+        kernel = next(iter(kernels()), None)
         if kernel is None or not self.job.in_cell: return self.wait_or_end(kernel, now)
         ignored = signals_of(kernel.pid, 'SigIgn')
         if ignored and signal.SIGINT in ignored: return self.wait_or_end(kernel, now)
         self.waits = None
+        self.ask(kernel, now, visible=ignored is not None)
+    def ask(self, kernel, now, visible):
+        "A cell runs: ask it, ask again, end it. `visible`: the system says what a kernel does with a signal"
         if self.asks.presses > 2: return self.end(kernel)
         if self.asks.presses > max(1, self.presses): return self.send(kernel, signal.SIGINT) # pressed again
         if saves(kernel): self.last,self.saved = now,True
-        if not self.sent: return self.send(kernel, signal.SIGTERM if signal.SIGTERM in (signals_of(kernel.pid, 'SigCgt') or ()) else signal.SIGINT)
+        if not self.sent: return self.send(kernel, signal.SIGTERM if _handles_sigterm(kernel.pid) else signal.SIGINT)
         if now - self.last > (LEAVING if self.saved else PATIENCE): return self.end(kernel)
-        if not self.saved and now - self.last > 1.2*self.sent and ignored is not None: self.send(kernel, signal.SIGINT)
+        if visible and not self.saved and now - self.last > 1.2*self.sent: self.send(kernel, signal.SIGINT)
     def send(self, kernel, number):
         self.sent,self.presses = self.sent+1,self.asks.presses
         with contextlib.suppress(Exception): kernel.send_signal(number)
@@ -149,7 +163,8 @@ def run_notebook(
     asks:Requests, # filled by signals
 )->bool: # was it let go before it was over?
     "Run it to its end, or to the end that was asked for"
-    asks.busy, sup = True, Supervisor(job, asks)
+    asks.busy = True
+    sup = Supervisor(job, asks)
     job.start()
     while job.is_alive() and not sup.over:
         try: job.join(.1)
@@ -188,8 +203,7 @@ def say(
     print(text, file=sys.stderr, flush=True)
 
 # %% ../nbs/16c_launch.ipynb #la21
-OURS = {c.__name__ for c in (CarnbError, ConfigError, DataError)}
-
+OURS = {c.__name__ for c in (CarnbError, ConfigError, DataError, DamagedFile)}
 NO_MEMORY = 'the kernel died, most likely for lack of memory: try a smaller batch_size, then a smaller img_size, then a smaller model'
 
 def failure(
@@ -197,10 +211,18 @@ def failure(
 )->str:
     "What a person needs to know of it"
     name = getattr(error, 'ename', None)
-    if name is None: return NO_MEMORY if type(error).__name__ == 'DeadKernelError' else f'{type(error).__name__}: {error}'
+    if type(error).__name__ == 'DeadKernelError': return NO_MEMORY
+    if name is None: return f'{type(error).__name__}: {error}' # it is not about a cell
     if name in OURS: return error.evalue
     trace = re.sub(r'\x1b\[[0-9;]*m', '', '\n'.join(error.traceback)).strip().splitlines()
     return '\n'.join([f'{name}: {error.evalue}', 'where:', *trace[-12:]])
+
+# %% ../nbs/16c_launch.ipynb #la24
+def _announce(stage, params):
+    os.environ.setdefault('CARNB_BARS', 'text' if sys.stderr.isatty() else 'none')
+    if os.environ['CARNB_BARS'] == 'none': os.environ.setdefault('TQDM_DISABLE', '1')
+    about = ', '.join(f'{k} {v}' for k,v in params.items() if k in ('experiment', 'arch', 'fold', 'data_dir'))
+    print(f'carnb {stage}: starting{f" ({about})" if about else ""}; the libraries take some seconds', flush=True)
 
 # %% ../nbs/16c_launch.ipynb #a1d56935
 def run_stage(
@@ -209,20 +231,18 @@ def run_stage(
     asks:Requests|None=None, # what signals ask for; None: only Ctrl-C is listened to
 )->int: # exit code
     "Run the notebook of a stage; 0 when it ended well, `KeyboardInterrupt` when somebody asked to stop"
-    os.environ.setdefault('CARNB_BARS', 'text' if sys.stderr.isatty() else 'none') # the kernel cannot see where its output goes
-    if os.environ['CARNB_BARS'] == 'none': os.environ.setdefault('TQDM_DISABLE', '1')
-    about = ', '.join(f'{k} {v}' for k,v in params.items() if k in ('experiment', 'arch', 'fold', 'data_dir'))
-    print(f'carnb {stage}: starting{f" ({about})" if about else ""}; the libraries take some seconds', flush=True)
+    _announce(stage, params)
     asks, shown = asks or Requests(), [Shown(sys.stdout), Shown(sys.stderr)]
     job = NotebookRun(stage_notebook(stage), params, *shown)
     left = run_notebook(job, asks)
     for s in shown: s.close()
+    name = getattr(job.error, 'ename', '')
     if asks.times:
-        said = job.error.evalue if getattr(job.error, 'ename', '') == 'Interrupted' else ''
-        say(f'carnb {stage}: ' + (said or 'interrupted'), shown)
+        say(f'carnb {stage}: ' + (job.error.evalue if name == 'Interrupted' and job.error.evalue else 'interrupted'), shown)
         raise KeyboardInterrupt('left' if left else '')
     if job.error is None: return 0
-    interrupted = getattr(job.error, 'ename', '') in ('KeyboardInterrupt', 'Interrupted') # somebody asked the kernel itself
-    say(f'carnb {stage}: ' + (job.error.evalue or 'interrupted' if interrupted else failure(job.error)), shown)
-    if interrupted: raise KeyboardInterrupt
+    if name in ('KeyboardInterrupt', 'Interrupted'):
+        say(f'carnb {stage}: {job.error.evalue or "interrupted"}', shown)
+        raise KeyboardInterrupt
+    say(f'carnb {stage}: {failure(job.error)}', shown)
     return 1

@@ -54,6 +54,7 @@ def pick_precision(
 )->str:
     "auto: bf16 (else fp16) on CUDA, fp32 elsewhere"
     if precision != 'auto': return precision
+    import torch
     if device.type == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported() else 'fp16'
     return 'fp32'
 
@@ -62,6 +63,7 @@ def device_memory(
     device, # torch device
 )->int: # bytes
     "What a process may use: the card's memory, what Metal recommends, or the free memory of the machine"
+    import torch
     if device.type == 'cuda': return torch.cuda.get_device_properties(device).total_memory
     if device.type == 'mps': return torch.mps.recommended_max_memory()
     import psutil
@@ -80,6 +82,7 @@ def peak_resident()->int: # bytes
 # %% ../nbs/00g_machine.ipynb #0893f6e9
 def peak_memory(device)->float: # GB
     "Largest memory in use so far: of the device on CUDA, of the process elsewhere"
+    import torch
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/1e9
     return peak_resident()/1e9
 

@@ -230,7 +230,7 @@ def fold_problems(
 # %% ../nbs/00a_params.ipynb #f89ab6e8
 NOT_IN_HASH = {
     'experiment', 'data_dir', 'fold', 'device', 'num_workers', 'tracking', 'folds_file', 'keep_checkpoints', 'cache_dir', 'memory_budget',
-    'resume', 'checkpoint_minutes', 'weight', 'micro_batches', 'fit_memory', 'cache_bytes', 'made_with', 'planned_epochs'}
+    'resume', 'checkpoint_minutes', 'weight', 'micro_batches', 'fit_memory', 'cache_bytes', 'made_with', 'planned_epochs', 'layers'}
 FILES_IN_HASH = {'pretrained', 'merges'} # what the file holds counts, not where it lies
 
 # %% ../nbs/00a_params.ipynb #pa000036

@@ -6,12 +6,13 @@
 __all__ = ['shown_photos', 'draw_predictions', 'PredictionGrid', 'draw_lines', 'plot_history']
 
 # %% ../nbs/09e_pictures.ipynb #pi0003
-from .core import atomic_path, load_npz, plain_text, use_korean_font  # before torch: see OMP_WAIT_POLICY there
+from .core import atomic_path, load_npz  # before torch: see OMP_WAIT_POLICY there
+from .text import plain_text, use_korean_font
 import numpy as np, pandas as pd
 from fastai.callback.core import Callback
 from tqdm import tqdm
 from .metrics import METRICS, softmax
-from .callbacks import is_fit
+from .training.loop import is_fit
 
 # %% ../nbs/09e_pictures.ipynb #10e7a104
 def shown_photos(

@@ -14,7 +14,7 @@ import copy
 from dataclasses import asdict, dataclass
 import pandas as pd, timm
 from .canvas import canvas
-from .loaders import train_transform, valid_transform
+from .loaders.transforms import train_transform, valid_transform
 from .backbones import is_transformer, model_source
 
 # %% ../nbs/06a_presets.ipynb #pr6005

@@ -15,8 +15,11 @@ import hashlib
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
-from .core import atomic_path, ConfigError, DamagedFile, DataError, did_you_mean, raise_problems, runs_dir, safe_name, use_korean_font
-from .data import Competition, read_merges, Template
+from .core import atomic_path, ConfigError, DamagedFile, DataError, did_you_mean, raise_problems, runs_dir, safe_name
+from .text import use_korean_font
+from .data.items import Competition
+from .data.merges import read_merges
+from .data.tables import Template
 from .ensemble.files import disk_errors, read_ensemble, stale_inputs
 from .ensemble.words import counted, shown_path
 from .ensemble import expectation

@@ -9,7 +9,8 @@ __all__ = ['make_folds', 'rare_classes', 'rare_table', 'leak_report', 'read_fold
 import hashlib
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..core import ConfigError, DataError, item_rng, resolve_path, write_csv
+from ..core import ConfigError, DataError, resolve_path, write_csv
+from ..machine import item_rng
 from .duplicates import duplicate_pairs, group_items
 from .items import Competition
 from .tables import first_few, read_table

@@ -20,7 +20,8 @@ __all__ = ['compare_with_data', 'check_ensemble', 'member_rows', 'summarise', 'm
 from dataclasses import replace
 import numpy as np
 from fastcore.basics import AttrDict
-from ..core import DataError, did_you_mean, environment, resolve_path, runs_dir
+from ..core import DataError, did_you_mean, resolve_path, runs_dir
+from ..run import environment
 from .blend import Blend, DEFAULT_METHODS, fit_blend, log_blend, METHODS, refine_weights
 from .choice import choose, chosen_row, combinations_table, given_weights, leaders, nested_choice
 from .choice import no_better_than_guessing, top_models, views_asked_for, views_hint

@@ -8,7 +8,10 @@ __all__ = ['read_csv_member', 'submission_names']
 # %% ../../nbs/12j_ensemble.csvs.ipynb #6d38a7d6
 import numpy as np
 from ..core import ConfigError, DataError, raise_problems, resolve_path, runs_dir
-from ..data import nfc, read_merges, read_meta, read_table
+from ..data.photos import nfc
+from ..data.merges import read_merges
+from ..data.items import read_meta
+from ..data.tables import read_table
 from .lineup import some_of
 from ..tasks import get_task, read_items
 

@@ -13,7 +13,7 @@ from fastcore.basics import AttrDict
 from ..core import arrays_checksum, CarnbError, DamagedFile, load_npz, runs_dir, safe_name, save_npz
 from .models import file_of, Models
 from .words import counted
-from ..run import read_record, write_record
+from ..records import read_record, write_record
 
 # %% ../../nbs/12k_ensemble.files.ipynb #e13a0029
 def array_stamp(
@@ -41,7 +41,7 @@ def disk_errors(
     "A write that fails is a sentence with what to do"
     try: yield
     except OSError as e:
-        from carnb.checkpoint import disk_message # loads torch, which nothing else here needs
+        from carnb.disk import disk_message # loads torch, which nothing else here needs
         raise CarnbError(disk_message(e, folder)) from None
 
 # %% ../../nbs/12k_ensemble.files.ipynb #e13c0029

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import save_npz, write_csv
 from ..metrics import log_softmax
-from ..run import Run, write_record
+from ..run import Run
+from ..records import write_record
 
 # %% ../../nbs/12c_ensemble.world.ipynb #9f90c9bc
 def world(

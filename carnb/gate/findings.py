@@ -10,7 +10,8 @@ import csv, io
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..data import nfc, Template
+from ..data.photos import nfc
+from ..data.tables import Template
 from .written import template_vocabulary, vocabularies
 from ..metrics import get_metric
 

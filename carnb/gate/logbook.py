@@ -11,10 +11,10 @@ import contextlib, gzip, hashlib, time, zlib
 import pandas as pd
 from filelock import FileLock
 from ..core import atomic_path, DamagedFile, DataError, load_npz, runs_dir, save_npz, write_csv
-from ..data import read_table
+from ..data.tables import read_table
 from .findings import Finding, some_of
 from .similar import agreement, best_classes, correlation
-from ..run import read_record, write_record
+from ..records import read_record, write_record
 
 # %% ../../nbs/13d_gate.logbook.ipynb #05a0270c
 LOG_COLUMNS = '''

@@ -10,7 +10,8 @@ __all__ = ['MERGE_WRITES', 'vocabularies', 'template_vocabulary', 'label_values'
 import csv, io
 import numpy as np
 from ..core import ConfigError, DataError, raise_problems
-from ..data import nfc, Template
+from ..data.photos import nfc
+from ..data.tables import Template
 
 # %% ../../nbs/13a_gate.written.ipynb #e14a0002
 def vocabularies(

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['loader_settings', 'balanced_weights', 'decode_size', 'PhotoLoaders', 'make_dls', 'MAX_SIDE', 'canvas',
-           'median_aspect', 'FITS', 'RESIZES', 'augment', 'compose', 'train_transform', 'valid_transform',
-           'DATA_PRESETS', 'DataPreset', 'find_data_preset', 'PREPROCESS', 'GreyWorld', 'check_preprocess',
-           'find_preprocess', 'remove_background', 'PhotoCache', 'Label', 'PhotoDataset', 'IMAGENET_STATS',
-           'NormalizeBytes', 'PhotoDL', 'MixUpCutMix', 'mix_batch']
+           'median_aspect', 'FITS', 'RESIZES', 'augment', 'compose', 'train_transform', 'valid_transform', 'PREPROCESS',
+           'GreyWorld', 'check_preprocess', 'find_preprocess', 'remove_background', 'PhotoCache', 'Label',
+           'PhotoDataset', 'IMAGENET_STATS', 'NormalizeBytes', 'PhotoDL', 'MixUpCutMix', 'mix_batch']
 
 # %% ../../nbs/03g_loaders.ipynb #bae413f9
 from ..core import ConfigError  # before torch: see OMP_WAIT_POLICY there
@@ -18,7 +17,6 @@ from fastai.data.core import DataLoaders
 from fastcore.basics import AttrDict
 from ..canvas import MAX_SIDE, canvas, median_aspect
 from .transforms import FITS, RESIZES, augment, compose, train_transform, valid_transform
-from .presets import DATA_PRESETS, DataPreset, find_data_preset
 from .preprocess import PREPROCESS, GreyWorld, check_preprocess, find_preprocess, remove_background
 from .cache import PhotoCache
 from .photos import Label, PhotoDataset
@@ -27,7 +25,7 @@ from .mixing import MixUpCutMix, mix_batch
 
 # %% ../../nbs/03g_loaders.ipynb #c4n5a501
 _all_ = ['MAX_SIDE', 'canvas', 'median_aspect', 'FITS', 'RESIZES', 'augment', 'compose', 'train_transform', 'valid_transform',
-         'DATA_PRESETS', 'DataPreset', 'find_data_preset', 'PREPROCESS', 'GreyWorld', 'check_preprocess', 'find_preprocess',
+         'PREPROCESS', 'GreyWorld', 'check_preprocess', 'find_preprocess',
          'remove_background', 'PhotoCache', 'Label', 'PhotoDataset', 'IMAGENET_STATS', 'NormalizeBytes', 'PhotoDL', 'MixUpCutMix',
          'mix_batch']
 

@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET_STATS', 'PhotoDL', 'NormalizeBytes']
 
 # %% ../../nbs/03e_loaders.batches.ipynb #lb02
-from ..core import item_rng  # before torch: see OMP_WAIT_POLICY there
+from ..machine import item_rng  # before torch: see OMP_WAIT_POLICY there
 import math, signal
 import cv2, numpy as np, torch
 from fastai.data.core import TfmdDL

@@ -6,7 +6,8 @@
 __all__ = ['mix_batch', 'MixUpCutMix']
 
 # %% ../../nbs/03f_loaders.mixing.ipynb #lm02
-from ..core import ConfigError, item_rng, raise_problems  # before torch: see OMP_WAIT_POLICY there
+from ..core import ConfigError, raise_problems  # before torch: see OMP_WAIT_POLICY there
+from ..machine import item_rng
 import math
 import torch
 from fastai.callback.core import Callback

@@ -6,13 +6,14 @@
 __all__ = ['Label', 'class_indices', 'item_key', 'apply_preprocess', 'PhotoDataset']
 
 # %% ../../nbs/03d_loaders.photos.ipynb #ld02
-from ..core import DataError, plain_text  # before torch: see OMP_WAIT_POLICY there
+from ..core import DataError  # before torch: see OMP_WAIT_POLICY there
+from ..text import plain_text
 import contextlib, hashlib
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.data.transforms import Category
 from fastai.torch_core import TensorCategory, TensorImage, show_title
-from ..data import read_image
+from ..data.photos import read_image
 from .cache import PhotoCache
 from .preprocess import check_preprocess
 from .transforms import augment

@@ -6,7 +6,8 @@
 __all__ = ['FITS', 'RESIZES', 'compose', 'valid_transform', 'train_transform', 'augment']
 
 # %% ../../nbs/03_loaders.transforms.ipynb #lt02
-from ..core import ConfigError, did_you_mean, item_rng, raise_problems  # before torch: see OMP_WAIT_POLICY there
+from ..core import ConfigError, did_you_mean, raise_problems  # before torch: see OMP_WAIT_POLICY there
+from ..machine import item_rng
 import math, os, random, warnings
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1') # no network at import
 import albumentations as A, cv2, numpy as np

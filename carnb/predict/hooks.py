@@ -9,7 +9,7 @@ __all__ = ['registered_hooks', 'known_hook']
 from ..core import ConfigError, project_root  # before torch: see OMP_WAIT_POLICY there
 from pathlib import Path
 from ..loaders.preprocess import find_preprocess
-from ..run import read_record
+from ..records import read_record
 
 # %% ../../nbs/11b_predict.hooks.ipynb #12a0de01
 def registered_hooks(

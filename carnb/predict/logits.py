@@ -9,7 +9,7 @@ __all__ = ['tta', 'inference_batch']
 from ..core import ConfigError  # before torch: see OMP_WAIT_POLICY there
 import numpy as np, torch
 from tqdm import tqdm
-from ..callbacks import free_memory, is_out_of_memory
+from ..machine import free_memory, is_out_of_memory
 from ..views import VIEWS, make_views
 
 # %% ../../nbs/11a_predict.logits.ipynb #pl05

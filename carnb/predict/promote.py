@@ -8,10 +8,11 @@ __all__ = ['champion']
 # %% ../../nbs/11d_predict.promote.ipynb #pc02
 from ..core import atomic_path, ConfigError, resolve_path, runs_dir, write_text  # before torch: see OMP_WAIT_POLICY there
 from pathlib import Path
-from ..callbacks import save_weights
+from ..training.history import save_weights
 from ..checkpoint import DamagedCheckpoint, get_checkpoint_info, read_checkpoint
-from ..run import Run, file_digest, write_record
-from ..train import bare_model
+from ..run import Run
+from ..records import file_digest, write_record
+from ..learner import bare_model
 
 # %% ../../nbs/11d_predict.promote.ipynb #pc05
 def _source_run(path):

@@ -7,14 +7,16 @@ __all__ = ['prediction_dataset', 'predict_items', 'predicted', 'predict_run', 'e
            'predict_experiment', 'tiny_predictions', 'view_scores']
 
 # %% ../../nbs/11c_predict.runs.ipynb #pr02
-from ..core import CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, pick_device, raise_problems  # before torch: see OMP_WAIT_POLICY there
+from ..core import CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, raise_problems  # before torch: see OMP_WAIT_POLICY there
+from ..machine import pick_device
 from ..core import runs_dir, safe_name, save_npz
 from pathlib import Path
 import numpy as np, pandas as pd
 from filelock import FileLock
 from ..backbones import fixed_size, is_transformer, model_stats
 from ..bars import progress_bar
-from ..data import assign_folds, Competition
+from ..data.folds import assign_folds
+from ..data.items import Competition
 from ..identity import compare_data, photo_hashes, restore_folds
 from ..loaders import decode_size, loader_settings
 from ..loaders.batches import NormalizeBytes, PhotoDL
@@ -25,7 +27,9 @@ from .hooks import known_hook
 from .logits import inference_batch, tta
 from ..run import Run, read_file, set_aside
 from ..tasks import check_competition, open_experiment, Task
-from ..train import load_model, loss_of, tiny_experiment
+from ..learner import load_model
+from ..settings import loss_of
+from ..fit import tiny_experiment
 from ..views import VIEWS
 
 # %% ../../nbs/11c_predict.runs.ipynb #12a0de03

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
 from ..run import Run
-from ..data import read_image
+from ..data.photos import read_image
 from ..metrics import METRICS, accuracy
 from ..predict.runs import experiment_data, tiny_predictions
-from ..ensemble import METHODS
+from ..ensemble.blend import METHODS
 from .page import breakable, drawn, facts, html, number, percent, table
 from .board import ensemble_result, headline, metric_words, with_intervals
 

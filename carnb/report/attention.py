@@ -10,9 +10,10 @@ from ..core import CarnbError  # before torch: see OMP_WAIT_POLICY there
 from pathlib import Path
 from ..run import Run
 import numpy as np, pandas as pd, torch
-from ..data import Competition, read_image
+from ..data.items import Competition
+from ..data.photos import read_image
 from ..backbones import model_stats
-from ..train import load_model
+from ..learner import load_model
 from ..predict.runs import prediction_dataset
 from .mistakes import file_line
 from .page import breakable, card, drawn, gallery, html, percent, photo

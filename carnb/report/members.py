@@ -10,7 +10,10 @@ from ..core import CarnbError, ConfigError
 from dataclasses import replace
 import numpy as np, pandas as pd
 from ..metrics import get_metric
-from ..ensemble import METHODS, candidates, fit_temperature, held, load_models, outer_parts, score_candidates, temper
+from ..ensemble.blend import METHODS
+from ..ensemble.nested import candidates, outer_parts, score_candidates
+from ..ensemble.scores import fit_temperature, held, temper
+from ..ensemble.lineup import load_models
 from .page import drawn
 
 # %% ../../nbs/15f_report.members.ipynb #69df4c5f

@@ -8,7 +8,8 @@ __all__ = ['worst_photos', 'show_photos', 'file_line', 'said_lines', 'photo_card
 # %% ../../nbs/15d_report.mistakes.ipynb #4d52bc61
 import carnb.core  # before torch: see OMP_WAIT_POLICY there
 import numpy as np, pandas as pd
-from ..data import Competition, read_image
+from ..data.items import Competition
+from ..data.photos import read_image
 from ..metrics import check_probs, log_losses
 from .page import breakable, card, drawn, gallery, html, number, percent, photo
 

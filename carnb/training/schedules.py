@@ -7,7 +7,8 @@ __all__ = ['SCHEDULES', 'SCHEDULE_OPTIONS', 'half_cosine', 'cosine', 'one_cycle'
            'constant', 'options_of', 'schedule_factor', 'LRSchedule', 'schedule_problems']
 
 # %% ../../nbs/07b_training.schedules.ipynb #7b000003
-from ..core import coerce, ConfigError, did_you_mean, raise_problems  # before torch: see OMP_WAIT_POLICY there
+from ..params import coerce  # before torch: see OMP_WAIT_POLICY there
+from ..core import ConfigError, did_you_mean, raise_problems
 import functools, math, typing
 from typing import Annotated
 from fastai.callback.core import Callback
