@@ -10,6 +10,7 @@ __all__ = ['model_source', 'is_transformer', 'hub_answers', 'asked_once', 'weigh
 
 # %% ../nbs/06_backbones.ipynb #2cc719e8
 from .core import ConfigError, did_you_mean, resolve_path  # before torch: see OMP_WAIT_POLICY there
+from .core import moved
 import contextlib, functools, re
 from functools import partial
 from pathlib import Path
@@ -258,3 +259,7 @@ def make_learner(
     splitter = split_params if layer_decay is None else partial(split_params, layer_decay=layer_decay)
     opt_func = make_opt_func(optimizer, wrapper=HeadOptimizer)
     return Learner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lrs, splitter=splitter, wd=wds, **kwargs)
+
+# %% ../nbs/06_backbones.ipynb #ad060002
+__getattr__ = moved(
+    __name__, presets='PRESETS TRAINING_PRESETS Preset list_presets find_preset list_training_presets find_training_preset start_values')

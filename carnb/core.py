@@ -6,10 +6,10 @@
 __all__ = ['IN_TEST', 'RESERVED', 'LONGEST_NAME', 'CarnbError', 'ConfigError', 'DataError', 'DamagedFile', 'raise_problems',
            'did_you_mean', 'lookup', 'project_root', 'runs_dir', 'runs_in', 'resolve_path', 'safe_name', 'name_problem',
            'atomic_path', 'write_text', 'plain_value', 'write_json', 'read_json', 'write_csv', 'arrays_checksum',
-           'save_npz', 'load_npz']
+           'save_npz', 'load_npz', 'moved']
 
 # %% ../nbs/00_core.ipynb #d25e8819
-import contextlib, difflib, errno, hashlib, json, os, warnings
+import contextlib, difflib, errno, hashlib, importlib, json, os, warnings
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # before torch is loaded; see 'Threads that sleep'
 warnings.filterwarnings('ignore', message='IProgress not found') # tqdm, where ipywidgets are not installed
@@ -221,3 +221,21 @@ def load_npz(
     if names is None and said is not None and str(said) != arrays_checksum(arrays):
         raise DamagedFile(f'{path}: its checksum is wrong, it is not what was written')
     return AttrDict(arrays)
+
+# %% ../nbs/00_core.ipynb #ad000002
+def moved(
+    module:str, # `__name__` of the old address
+    **homes, # room below `carnb`, with `__` for a dot = names, separated by spaces
+): # for `__getattr__` of the module (PEP 562)
+    "Find names of a module where they live now"
+    home = {name: room.replace('__', '.') for room,names in homes.items() for name in names.split()}
+    def find(name):
+        if name not in home: raise AttributeError(f'module {module!r} has no attribute {name!r}')
+        return getattr(importlib.import_module(f'carnb.{home[name]}'), name)
+    return find
+
+# %% ../nbs/00_core.ipynb #ad000004
+__getattr__ = moved(
+    __name__, stages='STAGE_NAMES notebooks_dir stage_notebook list_stages stage_params', run='Run find_runs environment',
+    params='NOT_IN_HASH FILES_IN_HASH coerce stage_config file_hash hash8', recorder='record_notebook', text='use_korean_font',
+    machine='seed_everything item_rng pick_device')

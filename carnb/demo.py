@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BODIES', 'HEAD', 'TAIL', 'GRILLE', 'WHEEL', 'CARS', 'LIGHT', 'SKY', 'PLACES', 'PAINTS', 'SHARES', 'PARTS', 'FAULTS',
-           'FAULT_HELP', 'VERSION', 'FACE_PHOTOS', 'LONG_HAIR', 'HAIR', 'SKIN', 'EYE', 'BROW', 'NOSE', 'MOUTH',
-           'MASK_TOP', 'CLOTH', 'Body', 'Car', 'demo_merges', 'profile', 'skin', 'Camera', 'shade', 'fill', 'line',
-           'dense', 'Drawing', 'texture', 'gradient', 'street', 'wall', 'field', 'garage', 'aim', 'step_up', 'pose',
-           'shadow', 'expose', 'take_photo', 'other_car', 'encode', 'photo_bytes', 'class_counts', 'bytes_digest',
-           'demo_info', 'demo_faults', 'make_demo', 'Face', 'oval', 'draw_part', 'face_of', 'draw_wrinkles',
-           'draw_person', 'draw_mask', 'draw_face', 'make_persons']
+           'FAULT_HELP', 'VERSION', 'fingerprint', 'FACE_PHOTOS', 'LONG_HAIR', 'HAIR', 'SKIN', 'EYE', 'BROW', 'NOSE',
+           'MOUTH', 'MASK_TOP', 'CLOTH', 'Body', 'Car', 'demo_merges', 'profile', 'skin', 'Camera', 'shade', 'fill',
+           'line', 'dense', 'Drawing', 'texture', 'gradient', 'street', 'wall', 'field', 'garage', 'aim', 'step_up',
+           'pose', 'shadow', 'expose', 'take_photo', 'other_car', 'encode', 'photo_bytes', 'class_counts',
+           'bytes_digest', 'demo_info', 'demo_faults', 'make_demo', 'Face', 'oval', 'draw_part', 'face_of',
+           'draw_wrinkles', 'draw_person', 'draw_mask', 'draw_face', 'make_persons']
 
 # %% ../nbs/01a_demo.ipynb #244261a8
 import hashlib, io, json, os, shutil, unicodedata, uuid
@@ -677,6 +677,9 @@ def bytes_digest(
     for f in sorted(o.relative_to(path).as_posix() for o in path.rglob('*') if o.is_file() and o.name!='demo.json'):
         h.update(f.encode()+b'\0'+hashlib.sha256((path/f).read_bytes()).digest())
     return h.hexdigest()
+
+# %% ../nbs/01a_demo.ipynb #ad010001
+fingerprint = bytes_digest # its old name
 
 # %% ../nbs/01a_demo.ipynb #b1b8b19c
 def demo_info(

@@ -15,6 +15,7 @@ from typing import Callable
 import pandas as pd, yaml
 from fastcore.basics import AttrDict
 from .core import CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, raise_problems, runs_dir, safe_name
+from .core import moved
 from .stages import notebooks_dir
 from .run import find_runs
 from .data.faults import LEFT_OUT, check_photos, findings_table
@@ -303,3 +304,6 @@ def open_experiment(
     comp = read_items(record, data_dir or c.data_dir, c.get('merges'), c.get('data_options') or {})
     comp.notes.extend(notes)
     return record, comp, runs
+
+# %% ../nbs/09_tasks.ipynb #ad090001
+__getattr__ = moved(__name__, presets='RECIPE DEMO_RECIPE') # old addresses

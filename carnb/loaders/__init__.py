@@ -10,6 +10,7 @@ __all__ = ['loader_settings', 'balanced_weights', 'decode_size', 'PhotoLoaders',
 
 # %% ../../nbs/03g_loaders.ipynb #bae413f9
 from ..core import ConfigError  # before torch: see OMP_WAIT_POLICY there
+from ..core import moved
 import os
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -110,3 +111,6 @@ def make_dls(
         return PhotoDL(ds, after_batch=after, device=torch.device(device), seed=seed, **loader_settings(device, num_workers), **kw)
     train_dl = loader(learn, bs=bs, shuffle=True, drop_last=drop_last and len(learn) >= bs, weights=weights)
     return PhotoLoaders(train_dl, loader(score, bs=valid_bs or bs), device=torch.device(device))
+
+# %% ../../nbs/03g_loaders.ipynb #ad030002
+__getattr__ = moved(__name__, presets='DATA_PRESETS DataPreset find_data_preset')

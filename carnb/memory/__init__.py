@@ -21,3 +21,7 @@ from .study import CLAIMS, DEVICES, compare_claims, how_safe, plot_study, study
 _all_ = ['PARTS', 'PHASES', 'Lines', 'measure_step', 'peak_resident', 'Peak', 'fit_batch', 'fit_of', 'largest_batch', 'largest_of',
          'peak_of', 'predict_peak', 'GB', 'GIB', 'OVERHEAD', 'StepSettings', 'memory_problems', 'parse_bytes', 'CLAIMS', 'DEVICES',
          'compare_claims', 'how_safe', 'plot_study', 'step_problems', 'study']
+
+# %% ../../nbs/08_memory.ipynb #ad080001
+from ..core import moved
+def __getattr__(name): return how_safe if name == 'verdict' else moved(__name__)(name) # its old name

@@ -7,6 +7,7 @@ __all__ = ['check_report', 'score_bars', 'picture', 'data_lines', 'top_facts', '
 
 # %% ../../nbs/16_report.ipynb #2b6659ad
 from ..run import environment  # before torch: see OMP_WAIT_POLICY there
+from ..core import moved
 from ..core import runs_dir, safe_name
 from ..text import use_korean_font
 from datetime import datetime
@@ -151,3 +152,14 @@ def plot_curves(
     axs[1].set(xlabel='epoch', ylabel='loss (nats)')
     if named: axs[0].legend(fontsize=7)
     return fig
+
+# %% ../../nbs/16_report.ipynb #ad160001
+__getattr__ = moved( # old addresses
+    __name__,
+    report__board='leaderboard compare',
+    report__pairs='confused_pairs class_table plot_confusion',
+    report__page='short page_font',
+    report__mistakes='worst_photos show_photos confident_joint suspect_labels',
+    report__attention='target_layer attention_map photo_tensor explain_mistakes show_attention',
+    report__members='error_correlation plot_correlation member_gains ensemble_gains plot_gains',
+    report__advice='signs next_step')
