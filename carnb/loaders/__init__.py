@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.data.core import DataLoaders
+import fastai.vision.data # it knows how a batch of pictures is shown
 from fastcore.basics import AttrDict
 from ..canvas import MAX_SIDE, canvas, median_aspect
 from .transforms import FITS, RESIZES, augment, compose, train_transform, valid_transform
