@@ -24,6 +24,10 @@ from .heads import HEAD_INITS, HEADS, MarginHead, classifier_of, init_head, marg
 from .optimizers import HeadOptimizer, group_lrs, group_wds, make_opt_func, param_groups, split_params
 from .pooling import replace_pooling
 
+# %% ../nbs/06_backbones.ipynb #ad060002
+__getattr__ = moved(
+    __name__, presets='PRESETS TRAINING_PRESETS Preset list_presets find_preset list_training_presets find_training_preset start_values')
+
 # %% ../nbs/06_backbones.ipynb #bb0002
 _all_ = ['HEAD_INITS', 'HEADS', 'MarginHead', 'init_head', 'margin_head', 'HeadOptimizer', 'group_lrs', 'group_wds', 'make_opt_func',
          'param_groups', 'split_params']
@@ -259,7 +263,3 @@ def make_learner(
     splitter = split_params if layer_decay is None else partial(split_params, layer_decay=layer_decay)
     opt_func = make_opt_func(optimizer, wrapper=HeadOptimizer)
     return Learner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lrs, splitter=splitter, wd=wds, **kwargs)
-
-# %% ../nbs/06_backbones.ipynb #ad060002
-__getattr__ = moved(
-    __name__, presets='PRESETS TRAINING_PRESETS Preset list_presets find_preset list_training_presets find_training_preset start_values')
