@@ -19,6 +19,7 @@ def test(path, flags, out):
     for to in (1, 2): os.dup2(fd, to)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from nbdev.config import get_config
     from nbdev.test import test_nb
     config = get_config()
