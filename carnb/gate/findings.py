@@ -105,7 +105,6 @@ def _check_header(rows, template, add):
         add('index_column', f'an index column {head[0]!r} stands before {want[0]} (write with index=False)')
         head, rows = head[1:], [r[1:] for r in rows]
     if head[0] != want[0]: add('id_column', f'the first column is {head[0]!r}; expected {want[0]!r}')
-    before = len(head)
     _compare(head[1:], template.columns, 'columns', add)
     if sorted(head[1:]) != sorted(template.columns): return
     at = {c: i for i,c in enumerate(head)}

@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'LAST_COLUMNS', 'LINE', 'Progress', 'hits', 'EpochSums', '
 # %% ../../nbs/07d_training.history.ipynb #7d000002
 from ..core import atomic_path, CarnbError, save_npz, write_csv  # before torch: see OMP_WAIT_POLICY there
 from ..machine import peak_memory
-import importlib, json, math, time
+import json, math, time
 import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
