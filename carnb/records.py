@@ -70,7 +70,7 @@ def write_record(
     path = Path(path)
     record = {k: v for k,v in record.items() if k != 'checksum'}
     read_back = _parse(path, _dump(path, record))
-    write_text(path, _dump(path, record | dict(checksum=record_checksum(read_back))))
+    write_text(path, _dump(path, dict(checksum=record_checksum(read_back)) | record))
 
 # %% ../nbs/00e_records.ipynb #ae586ea6
 def read_record(
@@ -82,8 +82,7 @@ def read_record(
     except (ValueError, yaml.YAMLError, RecursionError) as e:
         raise DamagedFile(f'{path}: cannot be read ({str(e).splitlines()[0][:100]})') from None
     if not isinstance(record, dict): raise DamagedFile(f'{path}: holds no names with values')
-    said = record.pop('checksum', None)
-    if said is not None and said != record_checksum(record):
+    if 'checksum' in record and record.pop('checksum') != record_checksum(record):
         raise DamagedFile(f'{path}: was changed after it was written (its checksum is wrong)')
     return record
 
