@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY', 'epochs_of', 'exponent_summary', 'measured', 'tidy_checkpoints', 'fit_run', 'check_experiment', 'start_run',
-           'last_state', 'versions_of', 'take_up', 'damage_of', 'rewrite_records', 'files_of', 'finished', 'prepare',
-           'train_run', 'tiny_experiment']
+           'last_state', 'versions_of', 'planned_before', 'take_up', 'damage_of', 'rewrite_records', 'files_of',
+           'finished', 'prepare', 'train_run', 'tiny_experiment']
 
 # %% ../nbs/09g_fit.ipynb #fi0003
 from .core import CarnbError, ConfigError, DamagedFile, DataError, raise_problems  # before torch: see OMP_WAIT_POLICY there
@@ -146,6 +146,17 @@ def versions_of(
             'the result may be that of neither (both stand in config.yaml)')
     return [*made, dict(version=now, after_epoch=int(last.epoch))]
 
+# %% ../nbs/09g_fit.ipynb #fi0024
+def planned_before(
+    run:Run, # on all photos, new or begun
+    last, # from `last_state`
+): # epochs; None: a new run
+    "The number of epochs that a run was begun with, wherever it still stands"
+    if last.config.get('planned_epochs'): return last.config['planned_epochs']
+    for name,key in (('config.yaml', 'planned_epochs'), ('metrics.json', 'epochs')):
+        with contextlib.suppress(DamagedFile):
+            if epochs := read_file(run, name).get(key): return epochs
+
 # %% ../nbs/09g_fit.ipynb #fi0022
 def take_up(
     cfg, # resolved configuration
@@ -160,7 +171,7 @@ def take_up(
         raise DataError(f'{run.path} was begun with other data (fingerprint {begun}, now {now}); put it back, '
                         f'or train on it as it is under another name (-p experiment {cfg.experiment}-2)')
     cfg.made_with = dict(data=now, code=versions_of(last, say))
-    if not validates(cfg): cfg.planned_epochs = last.config.get('planned_epochs') or epochs_of(cfg, run)
+    if not validates(cfg): cfg.planned_epochs = planned_before(run, last) or epochs_of(cfg, run)
     return cfg
 
 # %% ../nbs/09g_fit.ipynb #1d3a7e05
