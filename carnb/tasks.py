@@ -8,7 +8,7 @@ __all__ = ['MASK_STATES', 'GENDERS', 'AGE_BANDS', 'OFFICIAL_AGE', 'MASK_CLASSES'
            'check_competition', 'read_data', 'task_of', 'open_experiment']
 
 # %% ../nbs/09_tasks.ipynb #7d023274
-import re
+import itertools, re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
@@ -44,8 +44,9 @@ class Task:
     def augmentation(self): return self.training.get('augmentation', {})
 
 # %% ../nbs/09_tasks.ipynb #edbd5bb8
-MASK_STATES, GENDERS, AGE_BANDS, OFFICIAL_AGE = ('mask', 'incorrect', 'normal'), ('male', 'female'), ('young', 'middle', 'old'), (30, 60)
-MASK_CLASSES = {str(6*i+3*j+k): f'{s} {g} {b}' for i,s in enumerate(MASK_STATES) for j,g in enumerate(GENDERS) for k,b in enumerate(AGE_BANDS)} # code -> class
+MASK_STATES, GENDERS, AGE_BANDS = ('mask', 'incorrect', 'normal'), ('male', 'female'), ('young', 'middle', 'old')
+OFFICIAL_AGE = (30, 60)
+MASK_CLASSES = {str(i): ' '.join(names) for i,names in enumerate(itertools.product(MASK_STATES, GENDERS, AGE_BANDS))} # code -> class
 _PERSON = re.compile(r'([^_]+)_([^_]+)_([^_]+)_([^_]+)')
 MAY_MISS = 1 # persons of the shipped list that may be missing; where more are, the numbers belong to other people
 
@@ -66,7 +67,9 @@ def decode_masks(
     "The three labels that a class stands for"
     names = [MASK_CLASSES.get(str(l), str(l)) for l in labels]
     unknown = sorted({n for n in names if n not in MASK_CLASSES.values()})
-    if unknown: raise DataError(f'no classes of the masks competition: {", ".join(unknown[:5])}; expected 0 to 17 or names like {MASK_CLASSES["0"]!r}')
+    if unknown:
+        raise DataError(f'no classes of the masks competition: {", ".join(unknown[:5])}; '
+                        f'expected 0 to 17 or names like {MASK_CLASSES["0"]!r}')
     return pd.DataFrame([n.split() for n in names], columns=['mask', 'gender', 'age'])
 
 # %% ../nbs/09_tasks.ipynb #da7c0001
@@ -140,6 +143,24 @@ def _face_rows(d, photos, person, gender, years, borders, swapped):
         rows.append((nfc(path), path, mask_class(state, gender, years, borders), mask_class(state, gender, years), f'person {person}'))
     return rows
 
+# %% ../nbs/09_tasks.ipynb #da7c000e
+def _stray_problems(d, folders):
+    "Folders with photos that are no person's, in a sentence"
+    stray = sorted(as_text(f.relative_to(d).as_posix()) for f in folders)
+    return [f'{len(stray)} folders are not called id_gender_race_age: {first_few(stray, 3)}'] if stray else []
+
+# %% ../nbs/09_tasks.ipynb #da7c0010
+def _mask_notes(train, short, corrected, borders):
+    "What to say of persons with few photos, of corrected labels, and of labels that the borders change"
+    moved = int((train.label != train.target).sum())
+    notes = []
+    if short: notes.append(f'{len(short)} persons have fewer than {len(FACE_PHOTOS)} photos: {first_few(short, 3)}')
+    if corrected: notes.append(f'labels of {len(corrected)} persons corrected: {", ".join(sorted(corrected))}')
+    if moved:
+        other = 'photos are trained with another label than they are scored with'
+        notes.append(f'age {borders[0]}, {borders[1]}: {moved} of {len(train)} {other}')
+    return notes
+
 # %% ../nbs/09_tasks.ipynb #34240cac
 def read_masks(
     data_dir, # person folders anywhere below `train/` (or below the folder itself); class folders or a `train.csv` are read as such
@@ -151,10 +172,8 @@ def read_masks(
     d, borders, fix = existing_dir(data_dir), _age_borders(age), read_corrections(corrections)
     persons, others = _find_persons(d, d/'train' if (d/'train').is_dir() else d)
     if not persons: return read_competition(data_dir, merges)
-    problems, rows, short, seen = [], [], [], set()
-    if stray := sorted(as_text(f.relative_to(d).as_posix()) for f in others):
-        problems.append(f'{len(stray)} folders are not called id_gender_race_age: {first_few(stray, 3)}')
     fix, notes = _fitting_corrections(fix, corrections, {who.lstrip('0') for who,*_ in persons.values()})
+    problems, rows, short, seen = _stray_problems(d, others), [], [], set()
     for folder,(who,gender,_,years) in persons.items():
         name, key, photos = as_text(folder.relative_to(d).as_posix()), who.lstrip('0'), list_photos(folder)
         problems += _person_problems(name, gender, years, photos)
@@ -162,18 +181,16 @@ def read_masks(
         rows += _face_rows(d, photos, key, fix.gender.get(key, gender), int(years), borders, key in fix.swapped)
         if len({p.stem for p in photos}) < len(FACE_PHOTOS): short.append(name)
         seen.add(key)
-    used = seen & (set(fix.gender) | fix.swapped)
     train = pd.DataFrame(rows, columns=['id', 'path', 'label', 'target', 'group'])
-    moved = int((train.label != train.target).sum())
-    if short: notes.append(f'{len(short)} persons have fewer than {len(FACE_PHOTOS)} photos: {first_few(short, 3)}')
-    if used: notes.append(f'labels of {len(used)} persons corrected: {", ".join(sorted(used))}')
-    if moved: notes.append(f'age {borders[0]}, {borders[1]}: {moved} of {len(train)} photos are trained with another label than they are scored with')
+    notes += _mask_notes(train, short, seen & (set(fix.gender) | fix.swapped), borders)
     return finish_competition(d, train, MASK_CLASSES, merges, problems, notes)
 
 # %% ../nbs/09_tasks.ipynb #1fd138f5
 TASKS = dict(
     cars=Task('cars', read_competition, 'log_loss', TASK_LAYERS['cars']),
-    documents=Task('documents', read_competition, 'macro_f1', TASK_LAYERS['documents'], ('identity',)), # training shows no mirrored or turned page
+    documents=Task(
+        'documents', read_competition, 'macro_f1', TASK_LAYERS['documents'],
+        ('identity',)), # training shows no mirrored or turned page
     masks=Task(
         'masks', read_masks, 'macro_f1', TASK_LAYERS['masks'], ('identity', 'hflip'),
         dict(age=[29, 58], corrections='shipped')),
@@ -236,7 +253,8 @@ def _without(comp, cut):
     if not gone: return comp
     comp = replace(comp, items=comp.items[~comp.items.path.isin(gone)].reset_index(drop=True))
     left = set(comp.train.label)
-    raise_problems(f'classes of which every photo is {" or ".join(LEFT_OUT)}; repair some', [c for c in comp.classes if c not in left], DataError)
+    empty = [c for c in comp.classes if c not in left]
+    raise_problems(f'classes of which every photo is {" or ".join(LEFT_OUT)}; repair some', empty, DataError)
     return comp
 
 # %% ../nbs/09_tasks.ipynb #3e97da1b
@@ -274,8 +292,11 @@ def task_of(
     "The task that the runs were trained for"
     said = {r.config.get('task') for r in runs} - {None}
     if task is None and len(said) == 1: return said.pop()
-    if task is None: raise ConfigError(f'task: the runs say {" and ".join(sorted(said)) or "nothing"}; say which (-p task), and the runs of that task are used alone')
-    if said and task not in said: raise ConfigError(f'task: {task!r}, but the runs were trained for {", ".join(sorted(said))}; leave it out')
+    if task is None:
+        raise ConfigError(f'task: the runs say {" and ".join(sorted(said)) or "nothing"}; '
+                          'say which (-p task), and the runs of that task are used alone')
+    if said and task not in said:
+        raise ConfigError(f'task: {task!r}, but the runs were trained for {", ".join(sorted(said))}; leave it out')
     return task
 
 # %% ../nbs/09_tasks.ipynb #da7c000c

@@ -15,6 +15,34 @@ from ..data.tables import read_table
 from .lineup import some_of
 from ..tasks import get_task, read_items
 
+# %% ../../nbs/12j_ensemble.csvs.ipynb #12j10001
+def _table_by_id(path):
+    "A submission whose index are the ids; `ConfigError` and `DataError` when it is none"
+    if not resolve_path(path).is_file(): raise ConfigError(f'members: {path} is not there, or no file')
+    t = read_table(resolve_path(path))
+    if t.shape[1] < 2: raise DataError(f'{path}: one column; expected an id column and classes')
+    return t.set_index(t.columns[0])
+
+# %% ../../nbs/12j_ensemble.csvs.ipynb #12j10002
+def _misfits(table, found, ids, classes):
+    "Why a table with the classes `found` cannot be lined up with the models"
+    problems = []
+    lost, new = set(ids) - set(table.index), set(table.index) - set(ids)
+    if lost or new: problems.append(f'{len(lost)} missing ids ({some_of(lost)}), {len(new)} unknown ids ({some_of(new)})')
+    if table.index.duplicated().any(): problems.append('ids more than once')
+    if unknown := set(found) - set(classes): problems.append(f'{len(unknown)} unknown classes ({some_of(unknown)})')
+    return problems
+
+# %% ../../nbs/12j_ensemble.csvs.ipynb #12j10005
+def _as_probs(table, at, n_classes):
+    "(n, C) from a column of labels or from columns of numbers; `at` holds the class of each label or column"
+    p = np.zeros((len(table), n_classes))
+    if table.shape[1] == 1: p[np.arange(len(table)), at] = 1
+    else: np.add.at(p.T, at, table.to_numpy(str).astype('f8').T)
+    if not (np.isfinite(p).all() and p.min() >= 0 and p.sum(1).min() > 0):
+        raise ValueError('NaN, negative numbers or empty rows; expected probabilities')
+    return p/p.sum(1, keepdims=True)
+
 # %% ../../nbs/12j_ensemble.csvs.ipynb #79a79624
 def read_csv_member(
     path, # a submission: id column, then a column per class or one of labels
@@ -23,25 +51,14 @@ def read_csv_member(
     names=None, # column or label -> class, where they differ, from `submission_names`
 )->np.ndarray: # (n, C) probabilities
     "Somebody's submission as probabilities, lined up by id and class"
-    if not resolve_path(path).is_file(): raise ConfigError(f'members: {path} is not there, or no file')
-    t, at, names = read_table(resolve_path(path)), {c: i for i,c in enumerate(classes)}, names or {}
-    if t.shape[1] < 2: raise DataError(f'{path}: one column; expected an id column and classes')
-    t = t.set_index(t.columns[0])
-    lost, new = set(ids) - set(t.index), set(t.index) - set(ids)
-    problems = [f'{len(lost)} missing ids ({some_of(lost)}), {len(new)} unknown ids ({some_of(new)})'] if lost or new else []
-    if t.index.duplicated().any(): problems.append('ids more than once')
-    found = [names.get(nfc(c), nfc(c)) for c in (t.columns if t.shape[1] > 1 else t.iloc[:,0])]
-    if unknown := {c for c in found if c not in at}: problems.append(f'{len(unknown)} unknown classes ({some_of(unknown)})')
-    raise_problems(f'{path} does not fit the models', problems, DataError)
-    p = np.zeros((len(t), len(classes)))
-    if t.shape[1] == 1: p[np.arange(len(t)), [at[c] for c in found]] = 1
-    else:
-        try: v = t.to_numpy(str).astype('f8')
-        except ValueError as e: raise DataError(f'{path}: {e}') from None
-        np.add.at(p.T, [at[c] for c in found], v.T)
-    if not (np.isfinite(p).all() and p.min() >= 0 and p.sum(1).min() > 0):
-        raise DataError(f'{path}: NaN, negative numbers or empty rows; expected probabilities')
-    return (p/p.sum(1, keepdims=True))[t.index.get_indexer(ids)]
+    t, names = _table_by_id(path), names or {}
+    written = t.columns if t.shape[1] > 1 else t.iloc[:,0]
+    found = [names.get(nfc(c), nfc(c)) for c in written]
+    raise_problems(f'{path} does not fit the models', _misfits(t, found, ids, classes), DataError)
+    at = {c: i for i,c in enumerate(classes)}
+    try: p = _as_probs(t, [at[c] for c in found], len(classes))
+    except ValueError as e: raise DataError(f'{path}: {e}') from None
+    return p[t.index.get_indexer(ids)]
 
 # %% ../../nbs/12j_ensemble.csvs.ipynb #e13a0070
 def submission_names(

@@ -23,9 +23,9 @@ def world(
     "A made-up validation set"
     g = np.random.default_rng(seed)
     t, common = g.integers(0, C, n), g.normal(size=(n, C))*.7
-    z = []
+    z, own = [], None
     for m in range(M):
-        own = own if m == 1 else g.normal(size=(n, C)) # models 0 and 1 share theirs
+        if m != 1: own = g.normal(size=(n, C)) # models 0 and 1 share theirs
         x = common + own + .4*g.normal(size=(n, C))
         x[np.arange(n), t] += [2.6, 2.5, 2.5, 2.3, 1.2][m % 5]
         z.append(x*[1.2, .8, 1.4, .7, 1][m % 5])
@@ -39,6 +39,19 @@ def true_probs(
     "Probabilities of the true class"
     return np.exp(log_probs[:, np.arange(len(targets)), targets])
 
+# %% ../../nbs/12c_ensemble.world.ipynb #12c10001
+def _with_views(log_probs, n_views, g):
+    "(views, n, C): what a model says, and noise of every view on it"
+    return np.stack([log_probs + .3*(v+1)*g.normal(size=log_probs.shape) for v in range(n_views)]).astype('f4')
+
+# %% ../../nbs/12c_ensemble.world.ipynb #12c10002
+def _leave_run(folder, config, oof, test):
+    "The files of a finished run that later stages read"
+    run = Run(folder).start(config)
+    save_npz(run/'oof_tta.npz', **oof)
+    save_npz(run/'test.npz', **test)
+    write_record(run/'metrics.json', dict(score=1.))
+
 # %% ../../nbs/12c_ensemble.world.ipynb #e60b9dc1
 def made_up(
     root, # folder of experiments
@@ -51,21 +64,21 @@ def made_up(
 )->tuple[np.ndarray, np.ndarray]: # log-probabilities (M, 2n, 8) and targets (2n,) of both kinds of photos
     "Write an experiment `made_up`"
     L, t = world(2*n, M, seed=seed)
-    g, names = np.random.default_rng(seed), np.array([f'차종_{c}' for c in range(8)])
+    g, folder = np.random.default_rng(seed), Path(root)/'made_up'
+    names = np.array([f'차종_{c}' for c in range(8)])
     ids = np.array([f'photo_{i:04d}' for i in range(2*n)])
-    root, table = Path(root), dict(id=ids[:n], target=names[t[:n]], group=ids[:n], fold=np.arange(n) % folds)
-    write_csv(root/'made_up/folds.csv', pd.DataFrame(table))
+    fold = np.arange(n) % folds
+    write_csv(folder/'folds.csv', pd.DataFrame(dict(id=ids[:n], target=names[t[:n]], group=ids[:n], fold=fold)))
     for m in range(M):
-        z = np.stack([L[m] + .3*(v+1)*g.normal(size=L[m].shape) for v in range(len(views))]).astype('f4')
         order = np.arange(8)[::-1] if m == 1 else np.arange(8)
+        logits = _with_views(L[m], len(views), g)[..., order] # (views, 2n, 8)
+        about, place = dict(classes=names[order], views=np.array(views)), np.argsort(order)
+        test = dict(ids=ids[n:], logits=logits[:, n:], **about)
         for k in range(folds):
+            held = np.flatnonzero(fold == k)
+            oof = dict(ids=ids[held], logits=logits[:, held], targets=place[t[held]], **about)
             config = dict(arch=f'net{m}', img_size=64, fold=k, weight=[20, 15, 10][m % 3], task=task)
-            run = Run(root/f'made_up/net{m}-64-0000000{m}/fold{k}').start(config)
-            part, common = np.arange(n) % folds == k, dict(classes=names[order], views=np.array(views))
-            targets = np.argsort(order)[t[:n][part]]
-            save_npz(run/'oof_tta.npz', ids=ids[:n][part], logits=z[:, :n][:, part][..., order], targets=targets, **common)
-            save_npz(run/'test.npz', ids=ids[n:], logits=z[:, n:][..., order], **common)
-            write_record(run/'metrics.json', dict(score=1.))
+            _leave_run(folder/f'net{m}-64-0000000{m}/fold{k}', config, oof, test)
     return L, t
 
 # %% ../../nbs/12c_ensemble.world.ipynb #395c2444

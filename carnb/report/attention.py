@@ -48,17 +48,20 @@ def target_layer(
     min_cells:int=12, # places that the map should have
 )->torch.nn.Module:
     "The deepest layer with a map to look at; `CarnbError` when there is none"
-    seen, handles = {}, []
-    for m in (layers := _stages(model)): handles.append(m.register_forward_hook(lambda m, _, out: seen.__setitem__(m, _as_maps(out, model, x.shape[-2:]))))
+    layers, seen = _stages(model), {}
+    def keep_map(m, _, out): seen[m] = _as_maps(out, model, x.shape[-2:])
+    handles = [m.register_forward_hook(keep_map) for m in layers]
     try:
         with torch.no_grad(): model(x[:1])
     finally:
         for h in handles: h.remove()
-    cells = [(m, seen[m].shape[-2]*seen[m].shape[-1]) for m in layers if seen.get(m) is not None]
-    found = next((m for m,n in cells if n >= min_cells), None) or max((o for o in cells if o[1] > 1), key=lambda o: o[1], default=(None,))[0]
-    if found is None:
-        raise CarnbError(f'attention: {type(model).__name__} has no layer with a map of places ({len(layers)} stages looked at); there is nothing to draw for this model')
-    return found
+    cells = {m: seen[m].shape[-2]*seen[m].shape[-1] for m in layers if seen.get(m) is not None}
+    fine = [m for m,n in cells.items() if n >= min_cells]
+    if fine: return fine[0]
+    coarse = [m for m,n in cells.items() if n > 1]
+    if coarse: return max(coarse, key=cells.get)
+    raise CarnbError(f'attention: {type(model).__name__} has no layer with a map of places ({len(layers)} stages looked at); '
+                     'there is nothing to draw for this model')
 
 # %% ../../nbs/15e_report.attention.ipynb #f4c9da65
 def attention_map(
@@ -80,12 +83,18 @@ def attention_map(
             maps = cam(x.detach().clone().requires_grad_(), targets)
             g = cam.activations_and_grads.gradients
             if not g or not float(g[0].abs().max()) > 0:
-                raise CarnbError(f'attention: no gradient reaches {type(layer).__name__} of {type(model).__name__}; its output does not depend on the places of this layer, or its classifier is all zero')
+                raise CarnbError(f'attention: no gradient reaches {type(layer).__name__} of {type(model).__name__}; '
+                                 'its output does not depend on the places of this layer, or its classifier is all zero')
         model.zero_grad(set_to_none=True)
     finally: model.train(was)
     return np.nan_to_num(maps).astype('f4')
 
 # %% ../../nbs/15e_report.attention.ipynb #3345b3ec
+def _pixel_statistics(cfg):
+    "Mean and standard deviation (3, 1, 1) that the network's photos are normalised with"
+    return [torch.tensor(o).view(3, 1, 1) for o in model_stats(cfg.timm_arch)]
+
+# %% ../../nbs/15e_report.attention.ipynb #15e10001
 def photo_tensor(
     path, # of a photo
     cfg, # config of a run
@@ -93,8 +102,33 @@ def photo_tensor(
     "The photo as a run's network sees it at prediction"
     name = Path(path).name
     ds = prediction_dataset(pd.DataFrame(dict(id=[name], path=[name])), Path(path).parent, cfg)
-    mean, std = (torch.tensor(o).view(3, 1, 1) for o in model_stats(cfg.timm_arch))
+    mean, std = _pixel_statistics(cfg)
     return (ds[0][0].as_subclass(torch.Tensor).float()/255 - mean)/std
+
+# %% ../../nbs/15e_report.attention.ipynb #15e10002
+def _picture(x, cfg):
+    "What the network sees as a photo again, uint8 (h, w, 3)"
+    mean, std = _pixel_statistics(cfg)
+    return ((x*std+mean).clip(0, 1)*255).byte().permute(1, 2, 0).numpy()
+
+# %% ../../nbs/15e_report.attention.ipynb #15e10004
+def _explain(row, path, model, cfg, device):
+    "(row, picture, map of the said class, map of the true class) of one photo"
+    x, classes = photo_tensor(path, cfg), list(cfg.classes)
+    two = [classes.index(row.said), classes.index(row.true)]
+    maps = attention_map(model, x[None].expand(2, -1, -1, -1).to(device), two)
+    if cfg.fit != 'stretch': return row, _picture(x, cfg), *maps
+    import cv2
+    seen = read_image(path, min_size=(160, 240))
+    return row, seen, *[cv2.resize(m, seen.shape[1::-1]) for m in maps]
+
+# %% ../../nbs/15e_report.attention.ipynb #15e10005
+def _with_weights(runs, asked):
+    "Fold -> run that has its weights; `CarnbError` when that is none of the folds that are asked for"
+    there = {str(r.config.fold): r for r in runs if (r/'weights.safetensors').exists()}
+    lost = [r.name for r in runs if not (r/'weights.safetensors').exists()]
+    if lost and not set(asked) & set(there): raise CarnbError(f'attention: no weights.safetensors in {", ".join(lost)}')
+    return there
 
 # %% ../../nbs/15e_report.attention.ipynb #9a508bb1
 def explain_mistakes(
@@ -104,27 +138,16 @@ def explain_mistakes(
     device='cpu', # torch device
 ): # list of (row, picture uint8 (h, w, 3), map of the said class (h, w), map of the true class); `CarnbError` says why there can be none
     "Attention maps of photos, each from the run that has not seen it; one model is loaded per fold"
-    by_fold, items = {str(r.config.fold): r for r in runs}, comp.train.set_index('id')
-    lost = [r.name for r in runs if not (r/'weights.safetensors').exists()]
-    rows = [(str(items.fold[r.id]), r) for r in table.itertuples()]
-    if lost and not any(f in by_fold and by_fold[f].name not in lost for f,_ in rows):
-        raise CarnbError(f'attention: no weights.safetensors in {", ".join(lost)}')
-    res = {}
-    for f in dict.fromkeys(f for f,_ in rows):
-        if f not in by_fold or by_fold[f].name in lost: continue
-        model, cfg = load_model(by_fold[f], device)
-        at = {c: i for i,c in enumerate(cfg.classes)}
-        for _,r in (o for o in rows if o[0] == f):
-            x = photo_tensor(comp.data_dir/items.path[r.id], cfg)
-            maps = attention_map(model, x[None].expand(2, -1, -1, -1).to(device), [at[r.said], at[r.true]])
-            mean, std = (torch.tensor(o).view(3, 1, 1) for o in model_stats(cfg.timm_arch))
-            seen = ((x*std+mean).clip(0, 1)*255).byte().permute(1, 2, 0).numpy()
-            if cfg.fit == 'stretch': # back to the photo's own shape
-                import cv2
-                seen = read_image(comp.data_dir/items.path[r.id], min_size=(160, 240))
-                maps = np.stack([cv2.resize(m, seen.shape[1::-1]) for m in maps])
-            res[r.id] = (r, seen, *maps)
-    return [res[i] for i in table.id if i in res]
+    items = comp.train.set_index('id')
+    rows = {r.id: r for r in table.itertuples()}
+    folds = {i: str(items.fold[i]) for i in rows}
+    there, explained = _with_weights(runs, folds.values()), {}
+    for fold in dict.fromkeys(folds.values()):
+        if fold not in there: continue
+        model, cfg = load_model(there[fold], device)
+        for i in (i for i in rows if folds[i] == fold):
+            explained[i] = _explain(rows[i], comp.data_dir/items.path[i], model, cfg, device)
+    return [explained[i] for i in table.id if i in explained]
 
 # %% ../../nbs/15e_report.attention.ipynb #40e5c51e
 def show_attention(
@@ -156,6 +179,9 @@ def overlay(
     alpha = (.25+.5*cam)[..., None]
     return ((1-alpha)*grey + alpha*255*mpl.colormaps['inferno'](cam)[..., :3]).clip(0, 255).astype('u1')
 
+# %% ../../nbs/15e_report.attention.ipynb #15e10006
+def _if_nothing(cam): return '' if cam.max() > 0 else ' (nothing speaks for it)'
+
 # %% ../../nbs/15e_report.attention.ipynb #a2bb8447
 def attention_cards(
     explained, # from `explain_mistakes`
@@ -164,10 +190,9 @@ def attention_cards(
     "Photo and maps for a page"
     cards = []
     for r,seen,said,true in explained:
-        images = [photo(seen, f'photo {r.id}', 320), photo(overlay(seen, said), f'what speaks for {r.said}', 320), photo(overlay(seen, true), f'what speaks for {r.true}', 320)]
-        none = ' (nothing speaks for it)'
-        lines = [html('<span class="said">middle: {} ({}){}</span>', breakable(r.said), percent(r.said_prob, 0), '' if said.max() > 0 else none),
-                 html('right, the label: {} ({}){}', breakable(r.true), percent(r.true_prob, 0), '' if true.max() > 0 else none),
-                 file_line(r.id, paths[r.id])]
-        cards.append(card(images, lines))
+        images = [photo(seen, f'photo {r.id}', 320)]
+        images += [photo(overlay(seen, m), f'what speaks for {name}', 320) for m,name in ((said, r.said), (true, r.true))]
+        middle = html('<span class="said">middle: {} ({}){}</span>', breakable(r.said), percent(r.said_prob, 0), _if_nothing(said))
+        right = html('right, the label: {} ({}){}', breakable(r.true), percent(r.true_prob, 0), _if_nothing(true))
+        cards.append(card(images, [middle, right, file_line(r.id, paths[r.id])]))
     return gallery(cards, wide=True)

@@ -44,9 +44,42 @@ def plot_correlation(
     ax.set_xticklabels([drawn(c, 30) for c in table.columns], rotation=30, ha='right', fontsize=8)
     ax.set_yticklabels([drawn(c, 30) for c in table.index], fontsize=8)
     for i in range(n):
-        for j in range(n): ax.text(j, i, f'{table.iat[i,j]:.2f}', ha='center', va='center', fontsize=9, color='k' if table.iat[i,j] > .6 else 'w')
+        for j in range(n):
+            r = table.iat[i,j]
+            ax.text(j, i, f'{r:.2f}', ha='center', va='center', fontsize=9, color='k' if r > .6 else 'w')
     fig.colorbar(im, ax=ax, shrink=.8)
     return ax
+
+# %% ../../nbs/15f_report.members.ipynb #15f10001
+def _some_groups(groups, share, seed):
+    "Rows of a random `share` of the groups, each whole"
+    group = np.unique(groups, return_inverse=True)[1]
+    n = group.max()+1
+    chosen = np.random.default_rng(seed).permutation(n) < n*min(1, share)
+    return np.flatnonzero(chosen[group])
+
+# %% ../../nbs/15f_report.members.ipynb #15f10004
+def _each_tempered(log_probs, targets):
+    "Every model (n, C) with a temperature of its own"
+    return np.stack([temper(x, fit_temperature(x, targets)) for x in log_probs])
+
+# %% ../../nbs/15f_report.members.ipynb #15f10005
+def _on_photos(models, rows):
+    "The same models on some of their photos"
+    return replace(models, ids=models.ids[rows], targets=models.targets[rows], folds=models.folds[rows], groups=models.groups[rows], cache={})
+
+# %% ../../nbs/15f_report.members.ipynb #15f10007
+def _fit_of(models, method, weights, temperature, metric):
+    "How the ensemble of these models is fitted"
+    if len(models) > 1: return candidates(models, [method], weights, temperature, metric)[method]
+    alone, name = candidates(models, [], None, temperature, metric), models.names[0]
+    return alone.get(f'{name}, temperature', alone[name])
+
+# %% ../../nbs/15f_report.members.ipynb #15f10009
+def _gain(full, rest, models, n_boot, seed):
+    "By how much `full` scores better than `rest`, with its interval"
+    worse, better = (rest, full) if full.metric.lower_is_better else (full, rest)
+    return worse.interval(models.targets, models.groups, n_boot, seed, better)
 
 # %% ../../nbs/15f_report.members.ipynb #05b05109
 def member_gains(
@@ -61,27 +94,28 @@ def member_gains(
     seed:int=42, # of sample and bootstrap
 )->pd.DataFrame: # member, without (nested score of the others), gain, low, high, photos; the largest gain first
     "Nested score of the ensemble without each member, against the one with all"
-    M, n, C = len(models), len(models.ids), len(models.classes)
+    M = len(models)
     if M < 2: raise CarnbError('gains: one model; leaving it out leaves nothing')
     if method not in METHODS or method == 'single':
         raise ConfigError(f'method: {method!r}; expected one of {", ".join(k for k in METHODS if k != "single")}')
-    L, key = models.oof(views), ('oof', None if views is None else tuple(views))
-    _, g = np.unique(models.groups, return_inverse=True)
-    drawn = np.random.default_rng(seed).permutation(g.max()+1) < (g.max()+1)*min(1, max_numbers/(M*n*C)) # whole groups
-    rows = np.flatnonzero(drawn[g])
-    w, L = models.weights if weights is None else np.asarray(weights, dtype='f8'), L[:, rows]
-    if method == 'linear' and temperature: L, temperature = np.stack([temper(x, fit_temperature(x, models.targets[rows])) for x in L]), False
+    weights = models.weights if weights is None else np.asarray(weights, dtype='f8')
+    rows = _some_groups(models.groups, max_numbers/(M*len(models.ids)*len(models.classes)), seed)
+    some, L = _on_photos(models, rows), models.oof(views)[:, rows]
+    if method == 'linear' and temperature: L, temperature = _each_tempered(L, some.targets), False
+
     def nested(which):
-        part = replace(models.keep(which), ids=models.ids[rows], targets=models.targets[rows], folds=models.folds[rows], groups=models.groups[rows], cache={key: L[which]})
-        if len(which) > 1: fit = candidates(part, [method], w[which], temperature, metric)[method]
-        else: fit = candidates(part, [], None, temperature, metric)[part.names[0] + (', temperature' if temperature and get_metric(metric).wants == 'probs' else '')]
-        return score_candidates(part, dict(it=fit), views=views, metric=metric, parts=outer_parts(part, seed), temperature=temperature)[0]['it'], part
-    (full, part), lower = nested(np.arange(M)), get_metric(metric).lower_is_better
-    res = []
-    for m in range(M):
-        rest,_ = nested(np.delete(np.arange(M), m))
-        d = (rest if lower else full).interval(part.targets, part.groups, n_boot, seed, full if lower else rest)
-        res.append(dict(member=models.names[m], without=rest.score(part.targets), gain=d.mean, low=d.low, high=d.high, photos=len(rows)))
+        "Scores of the ensemble of the models `which`"
+        part = some.keep(which)
+        part.cache['oof', None if views is None else tuple(views)] = L[which]
+        fits = dict(it=_fit_of(part, method, weights[which], temperature, metric))
+        scored, _ = score_candidates(part, fits, views, metric, outer_parts(part, seed), temperature)
+        return scored['it']
+
+    full, res = nested(np.arange(M)), []
+    for m,name in enumerate(models.names):
+        rest = nested(np.delete(np.arange(M), m))
+        gain = _gain(full, rest, some, n_boot, seed)
+        res.append(dict(member=name, without=rest.score(some.targets), gain=gain.mean, low=gain.low, high=gain.high, photos=len(rows)))
     return pd.DataFrame(res).sort_values('gain', ascending=False, ignore_index=True)
 
 # %% ../../nbs/15f_report.members.ipynb #aadbf831
@@ -107,7 +141,8 @@ def plot_gains(
     import matplotlib.pyplot as plt
     t = table.iloc[::-1]
     fig,ax = plt.subplots(figsize=(7, .8+.3*len(t)), layout='constrained')
-    ax.barh([drawn(m, 40) for m in t.member], t.gain, xerr=[t.gain-t.low, t.high-t.gain], color=['C0' if l > 0 else '.7' for l in t.low], error_kw=dict(lw=1, capsize=3))
+    colors = ['C0' if l > 0 else '.7' for l in t.low]
+    ax.barh([drawn(m, 40) for m in t.member], t.gain, xerr=[t.gain-t.low, t.high-t.gain], color=colors, error_kw=dict(lw=1, capsize=3))
     ax.axvline(0, color='k', lw=.8)
     ax.tick_params(labelsize=8)
     ax.set(xlabel=f'{metric} that the others lose without it (grey: interval reaches 0)')
