@@ -21,7 +21,7 @@ from pathlib import Path
 import cv2, numpy as np, pandas as pd
 from fastcore.basics import patch
 from PIL import Image
-from tqdm import tqdm
+from .bars import progress_bar
 
 # %% ../nbs/01a_demo.ipynb #6948099c
 @dataclass(frozen=True)
@@ -715,7 +715,8 @@ def _draw_all(root, n_train, n_test, size, seed, progress):
     places = train+[('test',i) for i in range(n_test)]
     for d in ['test', *(f'train/{k}' for k in CARS)]: (root/d).mkdir(parents=True)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        names = list(tqdm(pool.map(partial(_write,root,seed,size), places), total=len(places), desc='drawing the demo', disable=None if progress else True))
+        drawn = pool.map(partial(_write,root,seed,size), places)
+        names = list(progress_bar(drawn, total=len(places), desc='drawing the demo') if progress else drawn)
     ids = [f'TEST_{i:03d}' for i in range(n_test)]
     csv = dict(index=False, encoding='utf-8', lineterminator='\n')
     pd.DataFrame({'ID':ids, 'img_path':[f'test/{o}.jpg' for o in ids]}).to_csv(root/'test.csv', **csv)

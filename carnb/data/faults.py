@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import cv2, imagehash, pandas as pd
 from PIL import Image
-from tqdm import tqdm
+from ..bars import progress_bar
 from ..core import DataError, runs_dir, write_csv
 from .photos import JPEG_FRAMES, MAX_PIXELS, MAX_PIXELS_WHOLE, TooManyPixels
 from .photos import decode_image, is_text, nfc, open_photo, orientation, read_raw, uint16
@@ -329,7 +329,8 @@ def _remembered(cache):
 def _check_all(files, progress):
     "Rows of files, in parallel"
     with ThreadPoolExecutor(os.cpu_count()) as ex:
-        return list(tqdm(ex.map(check_photo, files), total=len(files), desc='checking photos', disable=not progress, leave=False))
+        checked = ex.map(check_photo, files)
+        return list(progress_bar(checked, total=len(files), desc='checking photos') if progress else checked)
 
 # %% ../../nbs/01c_data.faults.ipynb #da750023
 def _cache_of(data_dir):
