@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IN_TEST', 'RESERVED', 'LONGEST_NAME', 'CarnbError', 'ConfigError', 'DataError', 'DamagedFile', 'raise_problems',
-           'did_you_mean', 'lookup', 'project_root', 'runs_dir', 'runs_in', 'resolve_path', 'safe_name', 'name_problem',
-           'atomic_path', 'write_text', 'plain_value', 'write_json', 'read_json', 'write_csv', 'arrays_checksum',
-           'save_npz', 'load_npz', 'moved']
+           'did_you_mean', 'lookup', 'project_root', 'runs_dir', 'runs_in', 'resolve_path', 'shown_path', 'safe_name',
+           'name_problem', 'atomic_path', 'write_text', 'plain_value', 'write_json', 'read_json', 'write_csv',
+           'arrays_checksum', 'save_npz', 'load_npz', 'moved']
 
 # %% ../nbs/00_core.ipynb #d25e8819
 import contextlib, difflib, errno, hashlib, importlib, json, os, warnings
@@ -102,6 +102,14 @@ def resolve_path(
     "`path` as it exists from here or from the project root (notebooks run in `nbs/`, commands anywhere)"
     p = Path(path).expanduser()
     return p if p.is_absolute() or p.exists() else project_root()/p
+
+# %% ../nbs/00_core.ipynb #00c10001
+def shown_path(
+    path, # of a file or folder
+)->str:
+    "A path as short as it can be: from here, from the project's root, or whole"
+    path = Path(path).resolve()
+    return next((path.relative_to(p).as_posix() for p in (Path.cwd(), project_root()) if path.is_relative_to(p)), str(path))
 
 # %% ../nbs/00_core.ipynb #4e7ecb86
 def safe_name(

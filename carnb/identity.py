@@ -7,7 +7,7 @@ __all__ = ['photo_hashes', 'merges_in_use', 'data_record', 'fingerprint', 'data_
            'with_folds', 'compare_data', 'test_changes', 'trained_runs', 'restore_folds', 'code_version']
 
 # %% ../nbs/01w_identity.ipynb #1d000002
-from .core import DamagedFile, DataError, ConfigError, arrays_checksum, raise_problems, runs_dir, safe_name, save_npz, write_csv
+from .core import DamagedFile, DataError, arrays_checksum, raise_problems, runs_dir, safe_name, write_csv
 from .run import Run, find_runs, read_file
 from .data.items import Competition
 from .data.faults import check_photos, findings_table

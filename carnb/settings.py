@@ -20,7 +20,6 @@ from .machine import pick_device
 from .core import raise_problems, resolve_path, safe_name
 from .params import stage_config
 from .stages import stage_params
-from .params import Optional, Union # types of the parameters cell
 import inspect
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict

@@ -21,9 +21,8 @@ from .data.items import Competition
 from .data.merges import read_merges
 from .data.tables import Template
 from .ensemble.files import disk_errors, read_ensemble, stale_inputs
-from .ensemble.words import counted, shown_path
-from .ensemble import expectation
-from .gate.findings import check_submission, Finding, GATE, some_of, vocabulary_findings
+from .ensemble.words import counted, some_of
+from .gate.findings import check_submission, Finding, GATE, vocabulary_findings
 from .gate.logbook import archive_path, archived, archived_numbers, earlier_findings, LOG_COLUMNS, log_problems, record_submission
 from .gate.logbook import safe_cell, submissions_log, was_submitted
 from .gate.similar import agreement, best_classes, correlation, prior_shift, read_submission

@@ -10,7 +10,6 @@ __all__ = ['prediction_dataset', 'predict_items', 'predicted', 'predict_run', 'e
 from ..core import CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, raise_problems  # before torch: see OMP_WAIT_POLICY there
 from ..machine import pick_device
 from ..core import runs_dir, safe_name, save_npz
-from pathlib import Path
 import numpy as np, pandas as pd
 from filelock import FileLock
 from ..backbones import fixed_size, is_transformer, model_stats
