@@ -130,7 +130,8 @@ def name_problem(
     place = runs_dir()/folder
     if not folder: return f'experiment: {experiment!r}; expected a name with letters or digits'
     if size > LONGEST_NAME: return f'experiment: {str(experiment)[:30]!r}... has {size} bytes; expected at most {LONGEST_NAME}'
-    if folder.lower() in RESERVED: return f'experiment: {experiment!r} is what carnb calls a file or folder of its own in runs/; use another name'
+    if folder.lower() in RESERVED:
+        return f'experiment: {experiment!r} is what carnb calls a file or folder of its own in runs/; use another name'
     if place.exists() and not place.is_dir(): return f'experiment: {place} is a file; use another name'
     return ''
 
@@ -244,6 +245,6 @@ def moved(
 
 # %% ../nbs/00_core.ipynb #ad000004
 __getattr__ = moved(
-    __name__, stages='STAGE_NAMES notebooks_dir stage_notebook list_stages stage_params', run='Run find_runs environment',
+    __name__, stages='notebooks_dir stage_notebook list_stages stage_params', run='Run find_runs environment',
     params='NOT_IN_HASH FILES_IN_HASH coerce stage_config file_hash hash8', recorder='record_notebook', text='use_korean_font',
     machine='seed_everything item_rng pick_device')

@@ -223,7 +223,8 @@ def fold_problems(
 )->list[str]:
     "A fold is a number below `n_folds`, or all"
     if fold == 'all': return []
-    if not isinstance(fold, int): return [f'fold: {fold!r}; expected a number from 0{"" if n_folds is None else f" to {n_folds-1}"}, or all']
+    last = '' if n_folds is None else f' to {n_folds-1}'
+    if not isinstance(fold, int): return [f'fold: {fold!r}; expected a number from 0{last}, or all']
     if n_folds is None or 0 <= fold < n_folds: return []
     return [f'fold: {fold}; expected 0 to {n_folds-1} (n_folds is {n_folds}), or all']
 

@@ -143,7 +143,8 @@ def reader_problems(cfg)->list[str]:
 # %% ../nbs/09c_settings.ipynb #20f0f19b
 CHECKS = (
     reader_problems, partial(choice_problems, choices=CHOSEN_FROM), partial(range_problems, ranges=TRAIN_RANGES), batch_problems,
-    budget_problems, lambda cfg: fold_problems(cfg.fold, cfg.n_folds), aspect_problems, name_problems, lookup_problems, canvas_problems, option_problems)
+    budget_problems, lambda cfg: fold_problems(cfg.fold, cfg.n_folds), aspect_problems, name_problems, lookup_problems, canvas_problems,
+    option_problems)
 
 def check_train(
     cfg, # parameters as given

@@ -238,7 +238,8 @@ def plot_submission(
     a, b = p.mean(0), q.mean(0)
     k = np.argsort(-np.abs(a-b))[:limit]
     fig, axs = plt.subplots(1, 2, figsize=(9, max(2.6, .22*len(k)+.8)), constrained_layout=True, width_ratios=(2, 3))
-    for v,name in ((q, 'validation'), (p, 'test')): axs[0].hist(v.max(1), np.linspace(0, 1, 21), weights=np.full(len(v), 1/len(v)), alpha=.6, label=name)
+    for v,name in ((q, 'validation'), (p, 'test')):
+        axs[0].hist(v.max(1), np.linspace(0, 1, 21), weights=np.full(len(v), 1/len(v)), alpha=.6, label=name)
     axs[0].set(xlabel='confidence', ylabel='share of photos')
     axs[0].legend()
     y = np.arange(len(k))

@@ -292,7 +292,7 @@ def _turn(im): return _alone if im.width*im.height > ALONE_PIXELS else contextli
 # %% ../../nbs/01c_data.faults.ipynb #42b22999
 def check_photo(
     path, # a file
-)->dict: # findings (codes), message (a line per code), width, height (as stored), sha, phash, thumb (16 x 16 grey, hex), mean and mean square per channel (0 to 1)
+)->dict: # findings (codes), message (a line per code), width, height (as stored), sha, phash, thumb (16 x 16 grey, hex), means per channel
     "Open one photo completely and say what is special about it"
     raw, fault = _bytes_or_fault(path)
     if fault: return _row(dict([fault]))

@@ -132,7 +132,8 @@ def views_asked_for(models, views):
     names = [v.strip() for v in views.split(',')]
     lost = [v for v in names if v not in models.views]
     if lost:
-        raise ConfigError(f'views: {", ".join(lost)} not predicted by every model{did_you_mean(lost[0], models.views)}; there is {", ".join(models.views)}')
+        raise ConfigError(f'views: {", ".join(lost)} not predicted by every model{did_you_mean(lost[0], models.views)}; '
+                          f'there is {", ".join(models.views)}')
     return names
 
 # %% ../../nbs/12i_ensemble.choice.ipynb #e13a0022

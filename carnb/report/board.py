@@ -175,7 +175,7 @@ def _groups(folder):
 def compare(
     experiments, # names below `runs/`
     notes:list|None=None, # gets a line for whatever is left out; None: a damaged file is an error
-)->pd.DataFrame: # experiment, model, px, folds, metric, score, low, high, spread (standard deviation of the folds), accuracy, minutes; best first
+)->pd.DataFrame: # experiment, model, px, folds, metric, score, low, high, spread (deviation of the folds), accuracy, minutes; best first
     "Models and ensembles of several experiments in one table"
     rows = []
     for e in experiments:

@@ -105,7 +105,8 @@ def table(
     lines = list(df.itertuples(index=False, name=None))
     numeric = [any(is_number(r[i]) for r in lines) for i in range(df.shape[1])]
     def head(c, number):
-        return html('<th scope="col" class="{}"><button type="button">{}</button></th>', 'num' if number else '', breakable(names.get(c, c)))
+        kind = 'num' if number else ''
+        return html('<th scope="col" class="{}"><button type="button">{}</button></th>', kind, breakable(names.get(c, c)))
     heads = [head(c, k) for c,k in zip(df.columns, numeric)]
     rows = [html('<tr>{}</tr>', joined(_cell(v, shows.get(c)) for c,v in zip(df.columns, r))) for r in lines]
     return html('<div class="wide"><table class="sortable"><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>',
@@ -197,7 +198,7 @@ def picture_pair(
                 '<img class="drawing" alt="{}" src="data:image/png;base64,{}"></picture>', dark, alt, light)
 
 # %% ../../nbs/15a_report.page.ipynb #9861f016
-STYLE = '''
+_PAGE = '''
 :root {
   color-scheme: light dark; --bg: #fff; --fg: #1d2127; --soft: #5c6570; --line: #dde1e6; --panel: #f5f6f8;
   --accent: #1f5fae; --bad: #b3261e; --heat: 31 95 174 }
@@ -227,6 +228,10 @@ nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1rem 0; font-si
 .facts > .first { grid-column: span 2 }
 .facts > .first b { font-size: 1.9rem; line-height: 1.25 }
 .facts small { font-size: 1rem; font-weight: 400; white-space: nowrap }
+'''
+
+# %% ../../nbs/15a_report.page.ipynb #15a10002
+_TABLES = '''
 .wide { overflow-x: auto; max-width: 100%; margin: .8rem 0; padding-bottom: .3rem }
 table { border-collapse: collapse; font-size: .92rem }
 th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; white-space: nowrap }
@@ -254,6 +259,10 @@ th[aria-sort=descending] button::after { content: " \\25BE" }
 .heat tbody th { text-align: right; white-space: nowrap }
 .heat thead th { vertical-align: bottom }
 .heat thead span { writing-mode: vertical-rl; text-orientation: sideways; transform: rotate(180deg); white-space: nowrap }
+'''
+
+# %% ../../nbs/15a_report.page.ipynb #15a10003
+_PHOTOS = '''
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: 1rem; margin: .8rem 0 }
 .gallery.broad { grid-template-columns: repeat(auto-fill, minmax(min(34rem, 100%), 1fr)) }
 figure { margin: 0; background: var(--panel); border-radius: .5rem; overflow: hidden }
@@ -263,6 +272,10 @@ figcaption { padding: .5rem .7rem; font-size: .88rem; line-height: 1.4 }
 figcaption div:first-child { font-weight: 600; font-size: .95rem }
 .said { color: var(--bad) }
 .fine { color: var(--soft); font-size: .82rem; overflow-wrap: anywhere }
+'''
+
+# %% ../../nbs/15a_report.page.ipynb #15a10004
+_REST = '''
 .drawing { max-width: 100%; height: auto }
 details { margin: .6rem 0 }
 summary { cursor: pointer; font-weight: 600 }
@@ -270,6 +283,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .88rem }
 @media (max-width: 40rem) { .facts { grid-template-columns: 1fr 1fr } th, td { padding: .3rem .45rem } h1 { font-size: 1.5rem } }
 @media print { nav { display: none } figure { break-inside: avoid } }
 '''
+STYLE = _PAGE + _TABLES + _PHOTOS + _REST
 
 # %% ../../nbs/15a_report.page.ipynb #aec1eba2
 SCRIPT = '''
