@@ -7,7 +7,6 @@ __all__ = ['number', 'counted', 'rounded', 'some_of']
 
 # %% ../../nbs/12a_ensemble.words.ipynb #69001b31
 import pandas as pd
-from ..core import shown_path
 
 # %% ../../nbs/12a_ensemble.words.ipynb #e13a0020
 def number(
