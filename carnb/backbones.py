@@ -41,16 +41,21 @@ def model_source(
     kind, colon, where = arch.partition(':')
     if not colon:
         try: return timm.get_pretrained_cfg(arch), arch.split('.')[0]
-        except RuntimeError as e: raise ConfigError(f'arch: {e}{did_you_mean(arch, timm.list_pretrained(arch.split(".")[0]+".*"))}') from None
+        except RuntimeError as e:
+            known = timm.list_pretrained(arch.split('.')[0]+'.*')
+            raise ConfigError(f'arch: {e}{did_you_mean(arch, known)}') from None
     kind = kind.lower().replace('hf_hub', 'hf-hub')
-    if kind not in ('hf-hub', 'local-dir'): raise ConfigError(f'arch: {arch!r}; expected a timm name, hf-hub:owner/name or local-dir:folder')
+    if kind not in ('hf-hub', 'local-dir'):
+        raise ConfigError(f'arch: {arch!r}; expected a timm name, hf-hub:owner/name or local-dir:folder')
     try: cfg, name, _ = load_model_config_from_path(where) if kind == 'local-dir' else load_model_config_from_hf(where)
     except Exception as e: # no file, no network, no JSON, no model
-        raise ConfigError(f'arch: the config.json of {arch} cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ""}); '
+        why = str(e).splitlines()[0][:120] if str(e) else ''
+        raise ConfigError(f'arch: the config.json of {arch} cannot be read ({type(e).__name__}: {why}); '
                           'expected the description that timm writes beside its weights (size, mean, std)') from None
     if not timm.is_model(name): raise ConfigError(f'arch: {arch} describes {name!r}, which this timm {timm.__version__} does not have')
     own = timm.get_pretrained_cfg(name)
-    return PretrainedCfg(**cfg | dict(fixed_input_size=bool(cfg.get('fixed_input_size') or own and own.fixed_input_size))), name # of the architecture
+    fixed = bool(cfg.get('fixed_input_size') or own and own.fixed_input_size) # says the architecture, where the file does not
+    return PretrainedCfg(**cfg | dict(fixed_input_size=fixed)), name
 
 # %% ../nbs/06_backbones.ipynb #c12f110e
 _TRANSFORMERS = set("""
@@ -166,6 +171,25 @@ def fixed_size(
     cfg, _ = model_source(arch)
     return bool(cfg and cfg.fixed_input_size)
 
+# %% ../nbs/06_backbones.ipynb #06b10001
+def _from_timm(arch, n_classes, size, pretrained, rates):
+    "timm's model with its weights; `ConfigError` says why there is none"
+    file = weights_file(pretrained) if isinstance(pretrained, str) else None
+    kw = dict(num_classes=n_classes, pretrained=bool(pretrained), **rates)
+    if file is not None: kw['pretrained_cfg_overlay'] = dict(file=str(file))
+    try:
+        if size is not None and fixed_size(arch): kw['img_size'] = tuple(size)
+        with asked_once(pretrained is True): model = _build(arch, **kw)
+    except Exception as e: raise _explain(e, arch, pretrained, size) from None
+    if file is not None: _check_loaded(model, file, arch)
+    return model
+
+# %% ../nbs/06_backbones.ipynb #06b10002
+def _pool(model, arch, pooling, gem_p, size):
+    "Another pooling than the model's own; `ConfigError` when it cannot have it"
+    try: replace_pooling(model, pooling, p=gem_p, size=size if fixed_size(arch) else None)
+    except ValueError as e: raise ConfigError(f'pooling: {e}') from None
+
 # %% ../nbs/06_backbones.ipynb #c2a876d1
 def create_model(
     arch:str, # timm name
@@ -184,20 +208,10 @@ def create_model(
 )->nn.Module:
     "A timm model with the wanted head, pooling and canvas"
     if head not in HEADS: raise ConfigError(f'head: {head!r}; expected one of {", ".join(HEADS)}{did_you_mean(head, HEADS)}')
-    file = weights_file(pretrained) if isinstance(pretrained, str) else None
-    kw = dict(num_classes=n_classes, pretrained=bool(pretrained))
-    if drop: kw['drop_rate'] = drop
-    if drop_path: kw['drop_path_rate'] = drop_path
-    if file is not None: kw['pretrained_cfg_overlay'] = dict(file=str(file))
-    try:
-        if size is not None and fixed_size(arch): kw['img_size'] = tuple(size)
-        with asked_once(pretrained is True): model = _build(arch, **kw)
-    except Exception as e: raise _explain(e, arch, pretrained, size) from None
-    if file is not None: _check_loaded(model, file, arch)
+    rates = {k: v for k,v in dict(drop_rate=drop, drop_path_rate=drop_path).items() if v}
+    model = _from_timm(arch, n_classes, size, pretrained, rates)
     if head_init != 'timm': init_head(model, head_init)
-    if pooling != 'native':
-        try: replace_pooling(model, pooling, p=gem_p, size=size if fixed_size(arch) else None)
-        except ValueError as e: raise ConfigError(f'pooling: {e}') from None
+    if pooling != 'native': _pool(model, arch, pooling, gem_p, size)
     if head == 'arcface': margin_head(model, head_scale)
     if grad_checkpointing: _checkpoint_gradients(model, arch)
     if compiled: model.compile(**(dict(backend=compiled) if isinstance(compiled, str) else {}))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IN_TEST', 'RESERVED', 'LONGEST_NAME', 'CarnbError', 'ConfigError', 'DataError', 'DamagedFile', 'raise_problems',
-           'did_you_mean', 'lookup', 'project_root', 'runs_dir', 'runs_in', 'resolve_path', 'safe_name', 'name_problem',
-           'atomic_path', 'write_text', 'plain_value', 'write_json', 'read_json', 'write_csv', 'arrays_checksum',
-           'save_npz', 'load_npz', 'moved']
+           'did_you_mean', 'lookup', 'project_root', 'runs_dir', 'runs_in', 'resolve_path', 'shown_path', 'safe_name',
+           'name_problem', 'atomic_path', 'write_text', 'plain_value', 'write_json', 'read_json', 'write_csv',
+           'arrays_checksum', 'save_npz', 'load_npz', 'moved']
 
 # %% ../nbs/00_core.ipynb #d25e8819
 import contextlib, difflib, errno, hashlib, importlib, json, os, warnings
@@ -103,6 +103,14 @@ def resolve_path(
     p = Path(path).expanduser()
     return p if p.is_absolute() or p.exists() else project_root()/p
 
+# %% ../nbs/00_core.ipynb #00c10001
+def shown_path(
+    path, # of a file or folder
+)->str:
+    "A path as short as it can be: from here, from the project's root, or whole"
+    path = Path(path).resolve()
+    return next((path.relative_to(p).as_posix() for p in (Path.cwd(), project_root()) if path.is_relative_to(p)), str(path))
+
 # %% ../nbs/00_core.ipynb #4e7ecb86
 def safe_name(
     name:str, # an arch such as `hf_hub:timm/vgg`
@@ -122,7 +130,8 @@ def name_problem(
     place = runs_dir()/folder
     if not folder: return f'experiment: {experiment!r}; expected a name with letters or digits'
     if size > LONGEST_NAME: return f'experiment: {str(experiment)[:30]!r}... has {size} bytes; expected at most {LONGEST_NAME}'
-    if folder.lower() in RESERVED: return f'experiment: {experiment!r} is what carnb calls a file or folder of its own in runs/; use another name'
+    if folder.lower() in RESERVED:
+        return f'experiment: {experiment!r} is what carnb calls a file or folder of its own in runs/; use another name'
     if place.exists() and not place.is_dir(): return f'experiment: {place} is a file; use another name'
     return ''
 
@@ -236,6 +245,6 @@ def moved(
 
 # %% ../nbs/00_core.ipynb #ad000004
 __getattr__ = moved(
-    __name__, stages='STAGE_NAMES notebooks_dir stage_notebook list_stages stage_params', run='Run find_runs environment',
+    __name__, stages='notebooks_dir stage_notebook list_stages stage_params', run='Run find_runs environment',
     params='NOT_IN_HASH FILES_IN_HASH coerce stage_config file_hash hash8', recorder='record_notebook', text='use_korean_font',
     machine='seed_everything item_rng pick_device')

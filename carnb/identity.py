@@ -7,7 +7,7 @@ __all__ = ['photo_hashes', 'merges_in_use', 'data_record', 'fingerprint', 'data_
            'with_folds', 'compare_data', 'test_changes', 'trained_runs', 'restore_folds', 'code_version']
 
 # %% ../nbs/01w_identity.ipynb #1d000002
-from .core import DamagedFile, DataError, ConfigError, arrays_checksum, raise_problems, runs_dir, safe_name, save_npz, write_csv
+from .core import DamagedFile, DataError, arrays_checksum, raise_problems, runs_dir, safe_name, write_csv
 from .run import Run, find_runs, read_file
 from .data.items import Competition
 from .data.faults import check_photos, findings_table
@@ -143,7 +143,8 @@ def run_record(
     "What a run remembers of its data"
     if (run/'data.npz').exists(): return read_file(run, 'data.npz')
     c = run.config
-    if c.fold == 'all' or not (run/'oof.npz').exists(): return dict(ids=np.array([], 'U1'), classes=np.array(c.classes), partial=True) if c.get('classes') else None
+    if c.fold == 'all' or not (run/'oof.npz').exists():
+        return dict(ids=np.array([], 'U1'), classes=np.array(c.classes), partial=True) if c.get('classes') else None
     z = read_file(run, 'oof.npz')
     return dict(ids=z.ids, targets=z.classes[z.targets], folds=np.full(len(z.ids), c.fold), classes=z.classes, partial=True)
 
@@ -223,7 +224,8 @@ def test_changes(
     "What changed in the test photos since a run predicted them"
     if not (run/'test.npz').exists(): return []
     photos, then = photo_hashes(comp) if photos is None else photos, read_file(run, 'test.npz', names=('ids', 'photos'))
-    now = AttrDict(ids=comp.test.id.to_numpy(str), photos=np.array([photos[p] for p in comp.test.path], dtype=str), classes=np.array([], 'U1'))
+    hashes = np.array([photos[p] for p in comp.test.path], dtype=str)
+    now = AttrDict(ids=comp.test.id.to_numpy(str), photos=hashes, classes=np.array([], 'U1'))
     return data_changes({k: then[k] for k in ('ids', 'photos') if k in then} | dict(classes=now.classes), now)
 
 # %% ../nbs/01w_identity.ipynb #1d000012

@@ -42,7 +42,8 @@ def pick_device(
         return torch.device('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
     kind = device.split(':')[0]
     have = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    if not have.get(kind): raise ConfigError(f'device: {device!r} is not here; there is {", ".join(k for k,v in have.items() if v)} (or auto)')
+    there = ', '.join(k for k,v in have.items() if v)
+    if not have.get(kind): raise ConfigError(f'device: {device!r} is not here; there is {there} (or auto)')
     return torch.device(device)
 
 # %% ../nbs/00g_machine.ipynb #60f6b751

@@ -67,7 +67,8 @@ def arch_problem(
     presets, known = names_of('PRESETS') or (), timm_names()
     if arch in presets or arch.startswith(('hf_hub:', 'hf-hub:', 'local-dir:')) or not known: return
     if arch.split('.')[0] in known: return
-    return f'arch: no preset and no timm model is called {arch!r}{did_you_mean(arch, [*presets, *sorted(known)])}; presets: {", ".join(presets)}'
+    near = did_you_mean(arch, [*presets, *sorted(known)])
+    return f'arch: no preset and no timm model is called {arch!r}{near}; presets: {", ".join(presets)}'
 
 # %% ../nbs/16b_precheck.ipynb #pr11
 CHOICES = TRAIN_CHOICES | dict(methods='METHODS', merge_write='MERGE_WRITES') # parameter -> registry

@@ -111,13 +111,10 @@ PRESETS = dict(
     # cars: size, batch, lr and weight are the plan's where it gives them
     efficientnetv2_l=Preset(
         'tf_efficientnetv2_l.in21k_ft_in1k', 480, 12, 'sgd', 0.01, 1e-5, 0.2, 20,
-        'optimizer: the one that lr 0.01 suits; '
-        'weight_decay, drop_path: Tan & Le 2021'),
+        'optimizer: the one that lr 0.01 suits; weight_decay, drop_path: Tan & Le 2021'),
     convnext_large=Preset(
         'convnext_large.fb_in22k_ft_in1k_384', 384, 16, 'sgd', 0.008, 1e-4, 0.3, 20,
-        'optimizer: the one that lr 0.008 suits; '
-        'weight_decay: He et al. 2016, for SGD; '
-        'drop_path: Liu et al. 2022, fine-tuning'),
+        'optimizer: the one that lr 0.008 suits; weight_decay: He et al. 2016, for SGD; drop_path: Liu et al. 2022, fine-tuning'),
     swin_large=Preset(
         'swin_large_patch4_window12_384.ms_in22k_ft_in1k', 384, 12, 'adamw', 2e-5, 1e-8, 0.2, 15,
         'optimizer, lr, weight_decay, drop_path: fine-tuning settings published with Liu et al. 2021, also the masks '
@@ -125,50 +122,39 @@ PRESETS = dict(
         'batch_size: memory like convnext_large x 16'),
     efficientnet_b7=Preset(
         'tf_efficientnet_b7.ns_jft_in1k', 600, 8, 'sgd', 0.012, 1e-5, 0.2, 15,
-        'optimizer: the one that lr 0.012 suits; '
-        'weight_decay, drop_path: Tan & Le 2019'),
+        'optimizer: the one that lr 0.012 suits; weight_decay, drop_path: Tan & Le 2019'),
     convnext_base=Preset(
         'convnext_base.fb_in22k_ft_in1k', 224, 32, 'adamw', 1e-4, 0.05, 0.2, 10,
-        'optimizer, drop_path: Liu et al. 2022, fine-tuning; '
-        'lr: twice their 5e-5, for a third of their 30 epochs; '
-        'weight_decay: that of their training, few photos need more than the 1e-8 of fine-tuning on a million; '
-        'batch_size: fits 12 GB'),
+        'optimizer, drop_path: Liu et al. 2022, fine-tuning; lr: twice their 5e-5, for a third of their 30 epochs; '
+        'weight_decay: that of their training, few photos need more than the 1e-8 of fine-tuning on a million; batch_size: fits 12 GB'),
     resnet152d=Preset(
         'resnet152d.ra2_in1k', 224, 24, 'sgd', 0.01, 1e-4, 0., 10,
         "optimizer, lr: like the plan's other convolutional networks; "
-        'weight_decay: He et al. 2016; '
-        'drop_path: none, as in He et al.'),
+        'weight_decay: He et al. 2016; drop_path: none, as in He et al.'),
     vit_base=Preset(
         'vit_base_patch16_224.augreg_in21k_ft_in1k', 224, 32, 'adamw', 3e-5, 0.05, 0.1, 10,
-        'optimizer, weight_decay, drop_path: Touvron et al. 2021; '
-        'lr: their 5e-4 per 512 photos, for 32; '
-        'batch_size: fits 8 GB'),
+        'optimizer, weight_decay, drop_path: Touvron et al. 2021; lr: their 5e-4 per 512 photos, for 32; batch_size: fits 8 GB'),
     # documents: sizes and batches are the manual's
     resnet34=Preset(
         'resnet34.a1_in1k', 768, 16, 'adamw', 3e-4, 0.01, 0., 10,
-        'optimizer, lr, weight_decay: usual where fastai fine-tunes ResNets; '
-        'drop_path: too shallow for it; ' + _EQUAL),
+        'optimizer, lr, weight_decay: usual where fastai fine-tunes ResNets; drop_path: too shallow for it; ' + _EQUAL),
     resnet50=Preset(
         'resnet50.a1_in1k', 768, 16, 'adamw', 3e-4, 0.01, 0., 10,
-        'optimizer, lr, weight_decay: as resnet34; '
-        'drop_path: none, He et al. 2016; ' + _EQUAL),
+        'optimizer, lr, weight_decay: as resnet34; drop_path: none, He et al. 2016; ' + _EQUAL),
     efficientnet_b4=Preset(
         'efficientnet_b4.ra2_in1k', 768, 8, 'adamw', 3e-4, 0.01, 0.2, 10,
-        'optimizer, lr, weight_decay: as resnet34, one recipe for the convolutional three; '
-        'drop_path: Tan & Le 2019; ' + _EQUAL),
+        'optimizer, lr, weight_decay: as resnet34, one recipe for the convolutional three; drop_path: Tan & Le 2019; ' + _EQUAL),
     convnext_base_384=Preset(
         'convnext_base.fb_in22k_ft_in1k_384', 384, 16, 'adamw', 5e-5, 0.05, 0.2, 10,
         'img_size: the manual calls 768 impossible on 24 GB, the weights are for 384; '
-        'optimizer, lr, drop_path: Liu et al. 2022, fine-tuning; '
-        'weight_decay: as convnext_base; ' + _EQUAL),
+        'optimizer, lr, drop_path: Liu et al. 2022, fine-tuning; weight_decay: as convnext_base; ' + _EQUAL),
     swin_base_384=Preset(
         'swin_base_patch4_window12_384.ms_in22k_ft_in1k', 384, 16, 'adamw', 2e-5, 0.01, 0.2, 10,
         'optimizer, lr, drop_path: as swin_large; '
         "weight_decay: PyTorch's default of AdamW, the 1e-8 of fine-tuning is for a million photos; " + _EQUAL),
     deit_base_384=Preset(
         'deit_base_patch16_384.fb_in1k', 384, 16, 'adamw', 2e-5, 0.01, 0.1, 10,
-        'optimizer, drop_path: Touvron et al. 2021; '
-        'lr: their 5e-4 per 512 photos, for 16, rounded; '
+        'optimizer, drop_path: Touvron et al. 2021; lr: their 5e-4 per 512 photos, for 16, rounded; '
         'weight_decay: as swin_base_384; ' + _EQUAL),
 )
 

@@ -257,7 +257,8 @@ def is_run_folder(
 )->bool:
     "Is it called like the folder of a run, and holds what one holds?"
     path, fold = Path(path), Path(path).name.removeprefix('fold')
-    return path.is_dir() and (fold == 'all' or fold.isdecimal()) and any((path/f).exists() for f in ('config.yaml', 'metrics.json', 'weights.safetensors'))
+    files = ('config.yaml', 'metrics.json', 'weights.safetensors')
+    return path.is_dir() and (fold == 'all' or fold.isdecimal()) and any((path/f).exists() for f in files)
 
 # %% ../nbs/00f_run.ipynb #ru000010
 def _check_done(run):

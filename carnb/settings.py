@@ -20,7 +20,6 @@ from .machine import pick_device
 from .core import raise_problems, resolve_path, safe_name
 from .params import stage_config
 from .stages import stage_params
-from .params import Optional, Union # types of the parameters cell
 import inspect
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
@@ -144,7 +143,8 @@ def reader_problems(cfg)->list[str]:
 # %% ../nbs/09c_settings.ipynb #20f0f19b
 CHECKS = (
     reader_problems, partial(choice_problems, choices=CHOSEN_FROM), partial(range_problems, ranges=TRAIN_RANGES), batch_problems,
-    budget_problems, lambda cfg: fold_problems(cfg.fold, cfg.n_folds), aspect_problems, name_problems, lookup_problems, canvas_problems, option_problems)
+    budget_problems, lambda cfg: fold_problems(cfg.fold, cfg.n_folds), aspect_problems, name_problems, lookup_problems, canvas_problems,
+    option_problems)
 
 def check_train(
     cfg, # parameters as given

@@ -21,9 +21,8 @@ from .data.items import Competition
 from .data.merges import read_merges
 from .data.tables import Template
 from .ensemble.files import disk_errors, read_ensemble, stale_inputs
-from .ensemble.words import counted, shown_path
-from .ensemble import expectation
-from .gate.findings import check_submission, Finding, GATE, some_of, vocabulary_findings
+from .ensemble.words import counted, some_of
+from .gate.findings import check_submission, Finding, GATE, vocabulary_findings
 from .gate.logbook import archive_path, archived, archived_numbers, earlier_findings, LOG_COLUMNS, log_problems, record_submission
 from .gate.logbook import safe_cell, submissions_log, was_submitted
 from .gate.similar import agreement, best_classes, correlation, prior_shift, read_submission
@@ -239,7 +238,8 @@ def plot_submission(
     a, b = p.mean(0), q.mean(0)
     k = np.argsort(-np.abs(a-b))[:limit]
     fig, axs = plt.subplots(1, 2, figsize=(9, max(2.6, .22*len(k)+.8)), constrained_layout=True, width_ratios=(2, 3))
-    for v,name in ((q, 'validation'), (p, 'test')): axs[0].hist(v.max(1), np.linspace(0, 1, 21), weights=np.full(len(v), 1/len(v)), alpha=.6, label=name)
+    for v,name in ((q, 'validation'), (p, 'test')):
+        axs[0].hist(v.max(1), np.linspace(0, 1, 21), weights=np.full(len(v), 1/len(v)), alpha=.6, label=name)
     axs[0].set(xlabel='confidence', ylabel='share of photos')
     axs[0].legend()
     y = np.arange(len(k))

@@ -10,9 +10,8 @@ __all__ = ['MASK_STATES', 'GENDERS', 'AGE_BANDS', 'OFFICIAL_AGE', 'MASK_CLASSES'
 # %% ../nbs/09_tasks.ipynb #7d023274
 import itertools, re
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Callable
-import pandas as pd, yaml
+import pandas as pd
 from fastcore.basics import AttrDict
 from .core import CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, raise_problems, runs_dir, safe_name
 from .core import moved
@@ -24,7 +23,7 @@ from .data.layouts import LAYOUTS, guess_task
 from .data.merges import read_yaml
 from .data.photos import as_text, nfc
 from .data.tables import existing_dir, first_few, list_photos
-from .demo import FACE_PHOTOS, make_demo, make_persons
+from .demo import FACE_PHOTOS, make_demo
 from .metrics import METRICS
 from .presets import TASK_LAYERS
 

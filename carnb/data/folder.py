@@ -146,7 +146,8 @@ def count_findings(
     findings:pd.DataFrame, # table of findings
 )->pd.DataFrame: # severity, finding, count, what (is done)
     "How often each finding occurs, worst first"
-    return findings.groupby(['severity', 'finding', 'what'], sort=False).size().reset_index(name='count')[['severity', 'finding', 'count', 'what']]
+    counts = findings.groupby(['severity', 'finding', 'what'], sort=False).size().reset_index(name='count')
+    return counts[['severity', 'finding', 'count', 'what']]
 
 # %% ../../nbs/01u_data.folder.ipynb #d1a05e18
 def own_file(

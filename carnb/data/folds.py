@@ -51,7 +51,8 @@ def make_folds(
     folds = dealt.mask(items.group.isin(_always_trained(items, dealt)), -1).astype(int)
     if bare := set(range(n_folds)) - set(folds):
         there = f'{items.group.nunique()} in {items.target.nunique(dropna=False)} classes; {len(bare)} folds would be empty'
-        raise DataError(f'n_folds: {n_folds} folds cannot be dealt, there are too few independent photos ({there}); use fewer folds or add photos')
+        raise DataError(f'n_folds: {n_folds} folds cannot be dealt, there are too few independent photos ({there}); '
+                        'use fewer folds or add photos')
     return folds
 
 # %% ../../nbs/01e_data.folds.ipynb #8b50e082

@@ -82,7 +82,8 @@ def _match_ids(template, test):
     asked, there = set(template.ids), set(test.id)
     if not len(test): return []
     problems = []
-    if bare := sorted(asked-there): problems.append(f'{template.path.name} has {len(bare)} ids without a photo in test/: {first_few(bare, 3)}')
+    if bare := sorted(asked-there):
+        problems.append(f'{template.path.name} has {len(bare)} ids without a photo in test/: {first_few(bare, 3)}')
     if new := sorted(there-asked): problems.append(f'{len(new)} test photos are missing in {template.path.name}: {first_few(new, 3)}')
     return problems
 
@@ -226,7 +227,8 @@ def read_class_folders(
         how = 'rename them (an archive unpacked with the wrong encoding?)'
         problems.append(f'class folders whose names are no UTF-8 text: {first_few(odd)}; {how}')
     labels = set(train.label)
-    if empty := [n for n in (nfc(c.name) for c in folders) if n not in labels]: problems.append(f'class folders without photos: {first_few(empty)}')
+    empty = [n for n in (nfc(c.name) for c in folders) if n not in labels]
+    if empty: problems.append(f'class folders without photos: {first_few(empty)}')
     return finish_competition(d, train, read_meta(d, problems), merges, problems)
 
 # %% ../../nbs/01b_data.items.ipynb #da74001b

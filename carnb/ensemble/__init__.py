@@ -35,7 +35,8 @@ from .nested import best_views, candidates, choose_views, cross_fit, nested_log_
 from .nested import score_candidates, Scored
 from .scores import fit_temperature, FLOOR, held, Logits, merge_views, MERGES, Probs, temper
 from .weights import greedy_selection, optimise_log_pool, optimise_stack, optimise_weights, search_offsets, weights_gap
-from .words import counted, number, rounded, shown_path
+from ..core import shown_path
+from .words import counted, number, rounded
 from ..identity import compare_data
 from ..metrics import expected_calibration_error, get_metric, log_loss, reliability
 from ..tasks import get_task, read_items, task_of, task_problems

@@ -87,7 +87,8 @@ def refine_weights(
 
 # %% ../../nbs/12e_ensemble.blend.ipynb #629867f2
 METHODS = dict(
-    single='one model', given='weights as given', equal='soft vote, equal weights', hard='hard vote', rank='rank average', greedy='greedy selection',
+    single='one model', given='weights as given', equal='soft vote, equal weights', hard='hard vote', rank='rank average',
+    greedy='greedy selection',
     linear='optimised weights (and their temperature), linear pool', log='optimised weights and temperatures, logarithmic pool',
     stack='regularised multinomial regression', offsets='equal weights, offset per class (macro-F1)')
 DEFAULT_METHODS = tuple(k for k in METHODS if k != 'stack') # stacking is opt-in: slow, and rarely worth it

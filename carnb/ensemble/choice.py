@@ -103,17 +103,22 @@ def choose(
     return AttrDict(table=table, chosen=chosen, blend=blend, views=used, oof=nested_log_probs(models, apart[chosen]), **scores)
 
 # %% ../../nbs/12i_ensemble.choice.ipynb #2fe5dd36
+def _by_name(models, weights):
+    "Weight of each model from a dict model or arch -> weight"
+    def means(key, name): return name == key or name.startswith(f'{safe_name(key)}-')
+    found = {n: [w for k,w in weights.items() if means(k, n)] for n in models.names}
+    lost = [n for n,w in found.items() if not w]
+    if lost: raise ConfigError(f'weights: none for {", ".join(lost)}; expected one for each of {", ".join(models.names)}')
+    return [w[0] for w in found.values()]
+
+# %% ../../nbs/12i_ensemble.choice.ipynb #12i10001
 def given_weights(
     models:Models,
     weights=None, # None (the configurations'), a list in the order of the models, or a dict model or arch -> weight
 )->np.ndarray: # (M,)
     "The user's weights, one per model"
     if weights is None: return models.weights
-    if isinstance(weights, dict):
-        lost = [n for n in models.names if not any(n == k or n.startswith(f'{safe_name(k)}-') for k in weights)]
-        if lost:
-            raise ConfigError(f'weights: none for {", ".join(lost)}; expected one for each of {", ".join(models.names)}')
-        weights = [next(w for k,w in weights.items() if n == k or n.startswith(f'{safe_name(k)}-')) for n in models.names]
+    if isinstance(weights, dict): weights = _by_name(models, weights)
     if len(weights) != len(models):
         raise ConfigError(f'weights: {len(weights)} numbers; expected {len(models)}, in this order: {", ".join(models.names)}')
     w = np.array([float(v) for v in weights])
@@ -127,7 +132,8 @@ def views_asked_for(models, views):
     names = [v.strip() for v in views.split(',')]
     lost = [v for v in names if v not in models.views]
     if lost:
-        raise ConfigError(f'views: {", ".join(lost)} not predicted by every model{did_you_mean(lost[0], models.views)}; there is {", ".join(models.views)}')
+        raise ConfigError(f'views: {", ".join(lost)} not predicted by every model{did_you_mean(lost[0], models.views)}; '
+                          f'there is {", ".join(models.views)}')
     return names
 
 # %% ../../nbs/12i_ensemble.choice.ipynb #e13a0022

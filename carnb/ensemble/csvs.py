@@ -12,7 +12,7 @@ from ..data.photos import nfc
 from ..data.merges import read_merges
 from ..data.items import read_meta
 from ..data.tables import read_table
-from .lineup import some_of
+from .words import some_of
 from ..tasks import get_task, read_items
 
 # %% ../../nbs/12j_ensemble.csvs.ipynb #12j10001

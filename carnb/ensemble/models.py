@@ -85,4 +85,5 @@ class Models:
         return p
     def keep(self, which):
         "Only these models (indices)"
-        return replace(self, names=[self.names[i] for i in which], runs=[self.runs[i] for i in which], weights=self.weights[which], cache={})
+        names, runs = [self.names[i] for i in which], [self.runs[i] for i in which]
+        return replace(self, names=names, runs=runs, weights=self.weights[which], cache={})

@@ -13,7 +13,7 @@ from ..metrics import get_metric, log_softmax
 
 # %% ../../nbs/12d_ensemble.weights.ipynb #377b6e71
 def _root(H):
-    "Cholesky factor; of the nearest positive definite matrix when rounding has spoilt it (models that are nearly perfect have next to no curvature)"
+    "Cholesky factor; of the nearest positive definite matrix when rounding has spoilt it, as it does for nearly perfect models"
     try: return np.linalg.cholesky(H)
     except np.linalg.LinAlgError:
         values, V = np.linalg.eigh((H+H.T)/2)

@@ -12,7 +12,8 @@ import pandas as pd
 from filelock import FileLock
 from ..core import atomic_path, DamagedFile, DataError, load_npz, runs_dir, save_npz, write_csv
 from ..data.tables import read_table
-from .findings import Finding, some_of
+from ..ensemble.words import some_of
+from .findings import Finding
 from .similar import agreement, best_classes, correlation
 from ..records import read_record, write_record
 

@@ -11,6 +11,7 @@ import math, signal
 import cv2, numpy as np, torch
 from fastai.data.core import TfmdDL
 from fastai.data.transforms import Normalize
+from fastcore.basics import patch
 from fastai.torch_core import TensorCategory, TensorImage, to_device
 
 # %% ../../nbs/03e_loaders.batches.ipynb #e55b14aa
@@ -101,26 +102,6 @@ class PhotoDL(TfmdDL):
         self.start_batch = 0
         if self.shuffle or self.dataset.split_idx == 0: self.epoch += 1 # for a stock Learner; ours sets `epoch` itself
         self.after_iter()
-    def _own(self, b):
-        "The batch, copied when it still lies in a slot"
-        at = b[0].untyped_storage().data_ptr()
-        return (b[0].clone(), *b[1:]) if any(at == s.untyped_storage().data_ptr() for s in self._slots) else b
-    def _raw(self):
-        workers = self.fake_l.num_workers
-        if not workers: return (_Fetch(self.dataset).__getitems__(b) for b in self.plan)
-        if self._loader is None or self._loader.num_workers != workers: self._start(workers)
-        return ((self._slots[x][:len(y)] if isinstance(x, int) else x, y) for x,y in self._loader)
-    def _start(self, workers):
-        self._slots = [] if self.pin_memory else self._new_slots(2*workers+2)
-        generator = torch.Generator().manual_seed(self.seed) # else it draws from torch's global one
-        self._loader = torch.utils.data.DataLoader(
-            _Fetch(self.dataset, self._slots), batch_sampler=_Batches(self), num_workers=workers, collate_fn=_as_is,
-            prefetch_factor=2, pin_memory=self.pin_memory, persistent_workers=self.persistent,
-            worker_init_fn=_init_worker, generator=generator)
-    def _new_slots(self, n):
-        (split, epoch), i = self.plan[0][0] if self.plan else ((self.dataset.split_idx, self.epoch), 0)
-        with self.dataset.set_split_idx(split): shape = self.dataset.fetch(epoch, i)[0].shape
-        return [torch.empty((self.bs, *shape), dtype=torch.uint8).share_memory_() for _ in range(n)]
     def create_batch(self, b):
         x = torch.stack([x.permute(1, 2, 0) for x,_ in b]).permute(0, 3, 1, 2)
         return TensorImage(x), TensorCategory(torch.tensor([int(y) for _,y in b]))
@@ -129,6 +110,41 @@ class PhotoDL(TfmdDL):
         "End the workers; the next pass starts new ones"
         self._loader,self._slots = None,[]
     def __getstate__(self): return {**self.__dict__, '_loader': None, 'plan': None, '_slots': []}
+
+# %% ../../nbs/03e_loaders.batches.ipynb #lb10
+@patch
+def _own(self:PhotoDL, b):
+    "The batch, copied when it still lies in a slot"
+    at = b[0].untyped_storage().data_ptr()
+    return (b[0].clone(), *b[1:]) if any(at == s.untyped_storage().data_ptr() for s in self._slots) else b
+
+# %% ../../nbs/03e_loaders.batches.ipynb #lb11
+@patch
+def _raw(self:PhotoDL):
+    "Batches as they are fetched: photos (n, h, w, 3) and targets"
+    workers = self.fake_l.num_workers
+    if not workers: return (_Fetch(self.dataset).__getitems__(b) for b in self.plan)
+    if self._loader is None or self._loader.num_workers != workers: self._start(workers)
+    return ((self._slots[x][:len(y)] if isinstance(x, int) else x, y) for x,y in self._loader)
+
+# %% ../../nbs/03e_loaders.batches.ipynb #lb12
+@patch
+def _start(self:PhotoDL, workers):
+    "Start the workers"
+    self._slots = [] if self.pin_memory else self._new_slots(2*workers+2)
+    generator = torch.Generator().manual_seed(self.seed) # else it draws from torch's global one
+    self._loader = torch.utils.data.DataLoader(
+        _Fetch(self.dataset, self._slots), batch_sampler=_Batches(self), num_workers=workers, collate_fn=_as_is,
+        prefetch_factor=2, pin_memory=self.pin_memory, persistent_workers=self.persistent,
+        worker_init_fn=_init_worker, generator=generator)
+
+# %% ../../nbs/03e_loaders.batches.ipynb #lb13
+@patch
+def _new_slots(self:PhotoDL, n):
+    "Shared memory for `n` batches"
+    (split, epoch), i = self.plan[0][0] if self.plan else ((self.dataset.split_idx, self.epoch), 0)
+    with self.dataset.set_split_idx(split): shape = self.dataset.fetch(epoch, i)[0].shape
+    return [torch.empty((self.bs, *shape), dtype=torch.uint8).share_memory_() for _ in range(n)]
 
 # %% ../../nbs/03e_loaders.batches.ipynb #lb09
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) # mean and standard deviation of R, G, B in 0..1

@@ -41,7 +41,9 @@ class remove_background:
         session:str='u2net', # name of a rembg model
         fill:int=255, # grey value of the background
     ):
-        if importlib.util.find_spec('rembg') is None: raise ConfigError('remove_background: the package rembg is not installed; pip install "rembg[cpu]" (it downloads its network on first use)')
+        if importlib.util.find_spec('rembg') is None:
+            raise ConfigError('remove_background: the package rembg is not installed; '
+                              'pip install "rembg[cpu]" (it downloads its network on first use)')
         self.session,self.fill,self.name,self._open = session,fill,f'remove_background-{session}-{fill}',None
     def __call__(self, im):
         import rembg

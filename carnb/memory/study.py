@@ -62,6 +62,24 @@ def _own_sizes(arch, sizes):
     own = find_preset(arch).img_size
     return list(dict.fromkeys(own if s == 'own' else s for s in (sizes or ['own'])))
 
+# %% ../../nbs/07u_memory.study.ipynb #07u10001
+def _kinds_of(devices):
+    "Name -> (kind, usable GiB) of the devices that are asked for"
+    if devices is None: return DEVICES
+    return devices if isinstance(devices, dict) else {d: DEVICES[d] for d in devices}
+
+# %% ../../nbs/07u_memory.study.ipynb #07u10002
+def _precision_on(kind, precision):
+    "auto: bf16 on CUDA, fp32 elsewhere"
+    if precision != 'auto': return precision
+    return 'bf16' if kind == 'cuda' else 'fp32'
+
+# %% ../../nbs/07u_memory.study.ipynb #07u10004
+def _step_problems(sizes, batches):
+    "Sizes (model -> pixels) and batches that a model cannot take, each said once"
+    asked = [(a, px, b) for a,own in sizes.items() for px in own for b in batches or [None]]
+    return list(dict.fromkeys(p for o in asked for p in memory_problems(*o)))
+
 # %% ../../nbs/07u_memory.study.ipynb #a08e64f8
 def study(
     archs=None, # preset keys or timm names; None: all presets
@@ -75,18 +93,14 @@ def study(
     **settings # of `StepSettings`: optimizer, ema, grad_checkpointing ...
 )->pd.DataFrame: # arch, px, batch, device, gib, verdict, largest (batch that is safe)
     "A row per model, size, batch and device; all impossible ones are named before anything is computed"
-    archs = list(archs or PRESETS)
-    if devices is None: devices = DEVICES
-    elif not isinstance(devices, dict): devices = {d: DEVICES[d] for d in devices}
+    archs, devices = list(archs or PRESETS), _kinds_of(devices)
     raise_problems('the study cannot be made', _study_problems(archs, devices, precision, settings), ConfigError)
     own_sizes = {a: _own_sizes(a, sizes) for a in archs}
-    problems = [q for a in archs for s in own_sizes[a] for b in (batches or [None]) for q in memory_problems(a, s, b)]
-    raise_problems('the study cannot be made', list(dict.fromkeys(problems)), ConfigError)
+    raise_problems('the study cannot be made', _step_problems(own_sizes, batches), ConfigError)
 
-    def half_on_cuda(kind): return 'bf16' if kind == 'cuda' else 'fp32'
-    kinds = {kind: half_on_cuda(kind) if precision == 'auto' else precision for kind,_ in devices.values()}
-    def step(a, px, kind): return StepSettings(a, px, kinds[kind], device=kind, **settings)
-    record_all([(step(a, px, kind).resolved(), False) for a in archs for px in own_sizes[a] for kind in kinds])
+    def step(a, px, kind): return StepSettings(a, px, _precision_on(kind, precision), device=kind, **settings)
+    kinds = {kind for kind,_ in devices.values()}
+    record_all([(step(a, px, kind).resolved(), False) for a in archs for px in own_sizes[a] for kind in sorted(kinds)])
     rows = []
     for a in progress(archs) if progress else archs:
         own_batches = batches or [find_preset(a).batch_size]

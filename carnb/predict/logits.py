@@ -9,23 +9,24 @@ __all__ = ['tta', 'inference_batch']
 from ..core import ConfigError  # before torch: see OMP_WAIT_POLICY there
 import numpy as np, torch
 from tqdm import tqdm
-from ..machine import free_memory, is_out_of_memory
+from ..machine import free_memory
+from ..training.microbatches import until_it_fits
 from ..views import VIEWS, make_views
 
 # %% ../../nbs/11a_predict.logits.ipynb #pl05
 def _forward(model, x, limit):
     "Logits of `x`, at most `limit` photos at once, and the limit that the memory allowed"
     parts, done = [], 0
+    def some(): return model(x[done:done+limit].contiguous(memory_format=torch.channels_last)).float()
+    def fewer(error):
+        nonlocal limit
+        if limit == 1: raise error
+        limit = max(1, limit//2)
+        tqdm.write(f'out of memory: {limit} photos at once from here on')
+        free_memory(x.device)
     while done < len(x):
-        try: y = model(x[done:done+limit].contiguous(memory_format=torch.channels_last)).float()
-        except Exception as e:
-            if not is_out_of_memory(e) or limit == 1: raise
-            y, limit = None, max(1, limit//2)
-            tqdm.write(f'out of memory: {limit} photos at once from here on')
-        if y is None: free_memory(x.device)
-        else:
-            parts.append(y)
-            done += len(y)
+        parts.append(until_it_fits(some, fewer))
+        done += len(parts[-1])
     return torch.cat(parts), limit
 
 # %% ../../nbs/11a_predict.logits.ipynb #pl07

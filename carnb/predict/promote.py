@@ -7,7 +7,6 @@ __all__ = ['champion']
 
 # %% ../../nbs/11d_predict.promote.ipynb #pc02
 from ..core import atomic_path, ConfigError, resolve_path, runs_dir, write_text  # before torch: see OMP_WAIT_POLICY there
-from pathlib import Path
 from ..training.history import save_weights
 from ..checkpoint import DamagedCheckpoint, get_checkpoint_info, read_checkpoint
 from ..run import Run

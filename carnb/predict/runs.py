@@ -10,7 +10,6 @@ __all__ = ['prediction_dataset', 'predict_items', 'predicted', 'predict_run', 'e
 from ..core import CarnbError, ConfigError, DamagedFile, DataError, did_you_mean, raise_problems  # before torch: see OMP_WAIT_POLICY there
 from ..machine import pick_device
 from ..core import runs_dir, safe_name, save_npz
-from pathlib import Path
 import numpy as np, pandas as pd
 from filelock import FileLock
 from ..backbones import fixed_size, is_transformer, model_stats
@@ -88,6 +87,18 @@ def _finite(run, logits):
     if not lost: return logits
     raise CarnbError(f'{run.name}: predicts NaN for {lost} photos; train it again with a smaller lr, or leave its folder out')
 
+# %% ../../nbs/11c_predict.runs.ipynb #11c10001
+def _refuse_other_classes(run, cfg, comp):
+    "`DataError` when the run has learned other classes than the data has"
+    if list(cfg.classes) == list(comp.classes): return
+    now = f'{len(cfg.classes)} and {len(comp.classes)}'
+    raise DataError(f'{run.name}: trained on other classes than the data has now ({now})')
+
+# %% ../../nbs/11c_predict.runs.ipynb #11c10002
+def _arrays(items, comp, views, logits):
+    "What a file of predictions holds, whatever it predicts"
+    return dict(ids=items.id.to_numpy(str), classes=np.array(comp.classes), views=np.array(list(views)), logits=logits)
+
 # %% ../../nbs/11c_predict.runs.ipynb #12a0de07
 def predict_run(
     run:Run, # finished
@@ -107,15 +118,11 @@ def predict_run(
     todo = {f: t for f,t in parts.items() if len(t) and not predicted(run, f, views, t.id, seen[f], weights)}
     if not todo: return False
     model, cfg = load_model(run, device)
-    if list(cfg.classes) != list(comp.classes):
-        now = f'{len(cfg.classes)} and {len(comp.classes)}'
-        raise DataError(f'{run.name}: trained on other classes than the data has now ({now})')
-    at = {c: i for i,c in enumerate(comp.classes)}
+    _refuse_other_classes(run, cfg, comp)
+    at = {c: k for k,c in enumerate(comp.classes)}
     for f,items in todo.items():
         logits = _finite(run, predict_items(model, items, comp, cfg, views, device, batch_size, num_workers, preprocess))
-        arrays = dict(
-            ids=items.id.to_numpy(str), classes=np.array(comp.classes), views=np.array(list(views)), logits=logits,
-            photos=np.array(seen[f]), weights=np.array(weights))
+        arrays = _arrays(items, comp, views, logits) | dict(photos=np.array(seen[f]), weights=np.array(weights))
         if f == 'oof_tta.npz': arrays['targets'] = np.array([at[t] for t in items.target])
         if (run/f).is_dir(): set_aside(run/f)
         save_npz(run/f, **arrays)

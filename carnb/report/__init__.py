@@ -13,12 +13,10 @@ from ..text import use_korean_font
 from datetime import datetime
 from pathlib import Path
 import numpy as np, pandas as pd
-from fastcore.basics import AttrDict
 from ..run import Run
 from ..data.photos import read_image
-from ..metrics import METRICS, accuracy
-from ..predict.runs import experiment_data, tiny_predictions
-from ..ensemble.blend import METHODS
+from ..metrics import METRICS
+from ..predict.runs import experiment_data
 from .page import breakable, drawn, facts, html, number, percent, table
 from .board import ensemble_result, headline, metric_words, with_intervals
 
@@ -27,7 +25,8 @@ def check_report(
     cfg, # parameters
 )->list[str]:
     "What cannot be reported"
-    p = [f'{k}: {cfg[k]}; expected at least {low}' for k,low in dict(n_worst=1, n_attention=0, n_suspects=1, n_classes=2).items() if cfg[k] < low]
+    at_least = dict(n_worst=1, n_attention=0, n_suspects=1, n_classes=2)
+    p = [f'{k}: {cfg[k]}; expected at least {low}' for k,low in at_least.items() if cfg[k] < low]
     if cfg.sweep_score is not None and cfg.fold_score is None: p.append('sweep_score: needs fold_score, the better one of the two')
     return p
 
@@ -70,12 +69,19 @@ def picture(
         ax.axis('off')
         ax.set_title(f'{drawn(o.classes[k], 34)} {o.probs[i,k]:.0%}', fontsize=8, color='C2' if k == o.targets[i] else 'C3')
     t, ax = score_bars(e), right.subplots()
-    ax.barh([drawn(c, 40) for c in t.name], t.score, xerr=[t.score-t.low, t.high-t.score], color=['C3' if c else 'C0' for c in t.chosen], error_kw=dict(lw=1, capsize=3))
+    colors = ['C3' if c else 'C0' for c in t.chosen]
+    ax.barh([drawn(c, 40) for c in t.name], t.score, xerr=[t.score-t.low, t.high-t.score], color=colors, error_kw=dict(lw=1, capsize=3))
     better = 'lower' if METRICS[e['metric']].lower_is_better else 'higher'
     ax.set_title(f'out-of-fold {metric_words(e["metric"], False)}, 95 % interval ({better} is better)', fontsize=9)
     ax.tick_params(labelsize=8)
     fig.savefig(path, dpi=90)
     plt.close(fig)
+
+# %% ../../nbs/16_report.ipynb #16a10001
+def _version(about):
+    "carnb's version from what `environment` says"
+    changed = ', changed' if about.get('dirty') else ''
+    return f'carnb {about.get("carnb")}' + (f' (git {about["git"]}{changed})' if about.get('git') else '')
 
 # %% ../../nbs/16_report.ipynb #2c3aa865
 def data_lines(
@@ -85,11 +91,12 @@ def data_lines(
     "Which data and which versions results come from"
     configs = [r.config for r in runs]
     prints = sorted({(c.get('data') or {}).get('fingerprint') or 'unknown' for c in configs})
-    versions = sorted({f'carnb {e.get("carnb")}' + (f' (git {e["git"]}{", changed" if e.get("dirty") else ""})' if e.get('git') else '') for c in configs if (e := c.get('environment') or {})})
+    versions = sorted({_version(e) for c in configs if (e := c.get('environment') or {})})
     me = environment()
-    return [f'data: {Path(comp.data_dir).name}, {len(comp.train):,} training and {len(comp.test):,} test photos, {len(comp.classes)} classes',
+    photos = f'{len(comp.train):,} training and {len(comp.test):,} test photos'
+    return [f'data: {Path(comp.data_dir).name}, {photos}, {len(comp.classes)} classes',
             f'data fingerprint: {", ".join(prints)}', f'trained with {"; ".join(versions) or "an unknown version"}',
-            f'page made {datetime.now().astimezone():%Y-%m-%d %H:%M %Z} by carnb {me["carnb"]}' + (f' (git {me["git"]})' if me['git'] else '')]
+            f'page made {datetime.now().astimezone():%Y-%m-%d %H:%M %Z} by {_version(me | dict(dirty=False))}']
 
 # %% ../../nbs/16_report.ipynb #1ba650a1
 def top_facts(
@@ -126,9 +133,12 @@ def tried_table(
 ): # `Markup`
     "Combinations that were tried, for a page"
     t = pd.DataFrame(summary['combinations']).head(n)
-    t, shows = with_intervals(t[[c for c in ('combination', 'same_photos', 'nested', 'low', 'high', 'vs_single', 'note') if c in t]], 'nested')
+    shown = [c for c in ('combination', 'same_photos', 'nested', 'low', 'high', 'vs_single', 'note') if c in t]
+    t, shows = with_intervals(t[shown], 'nested')
     shows |= dict(same_photos=number, nested=number, vs_single=lambda v: number(v, sign=True))
-    return table(t, shows, dict(same_photos='score on the photos it was fitted on', nested='score on other photos', interval='95 % interval', drawn='', vs_single='difference from the best single model'))
+    return table(t, shows, dict(
+        same_photos='score on the photos it was fitted on', nested='score on other photos', interval='95 % interval', drawn='',
+        vs_single='difference from the best single model'))
 
 # %% ../../nbs/16_report.ipynb #246caa1f
 def plot_curves(

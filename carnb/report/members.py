@@ -66,7 +66,8 @@ def _each_tempered(log_probs, targets):
 # %% ../../nbs/15f_report.members.ipynb #15f10005
 def _on_photos(models, rows):
     "The same models on some of their photos"
-    return replace(models, ids=models.ids[rows], targets=models.targets[rows], folds=models.folds[rows], groups=models.groups[rows], cache={})
+    cut = {k: getattr(models, k)[rows] for k in ('ids', 'targets', 'folds', 'groups')}
+    return replace(models, cache={}, **cut)
 
 # %% ../../nbs/15f_report.members.ipynb #15f10007
 def _fit_of(models, method, weights, temperature, metric):

@@ -13,6 +13,12 @@ from ..data.photos import read_image
 from ..metrics import check_probs, log_losses
 from .page import breakable, card, drawn, gallery, html, number, percent, photo
 
+# %% ../../nbs/15d_report.mistakes.ipynb #15d10001
+def _about(ids, probs, targets, said, classes, at):
+    "Photos `at`: id, label, the class `said`, and the probability of both"
+    names, t, s = np.array(classes), targets[at], said[at]
+    return pd.DataFrame(dict(id=np.array(ids)[at], true=names[t], said=names[s], said_prob=probs[at, s], true_prob=probs[at, t]))
+
 # %% ../../nbs/15d_report.mistakes.ipynb #86857de7
 def worst_photos(
     ids, # (n,)
@@ -22,10 +28,9 @@ def worst_photos(
     n:int=12, # how many
 )->pd.DataFrame: # id, true, said, said_prob, true_prob, loss
     "The photos with the largest loss"
-    loss = log_losses(probs, targets)
+    loss, said = log_losses(probs, targets), np.argmax(probs, 1)
     at = np.argsort(-loss, kind='stable')[:n]
-    said = np.argmax(probs, 1)
-    return pd.DataFrame(dict(id=np.array(ids)[at], true=np.array(classes)[targets[at]], said=np.array(classes)[said[at]], said_prob=probs[at, said[at]], true_prob=probs[at, targets[at]], loss=loss[at]))
+    return _about(ids, probs, targets, said, classes, at).assign(loss=loss[at])
 
 # %% ../../nbs/15d_report.mistakes.ipynb #55c6b62b
 def show_photos(
@@ -113,5 +118,4 @@ def suspect_labels(
     others[np.arange(len(at)), t[at]] = -1
     margin = p[at, t[at]] - others.max(1)
     order = np.argsort(margin, kind='stable')
-    at, names = at[order], np.array(classes)
-    return pd.DataFrame(dict(id=np.array(ids)[at], true=names[t[at]], said=names[b[at]], said_prob=p[at, b[at]], true_prob=p[at, t[at]], margin=margin[order]))
+    return _about(ids, p, t, b, classes, at[order]).assign(margin=margin[order])

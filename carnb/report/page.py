@@ -10,13 +10,13 @@ __all__ = ['STYLE', 'SCRIPT', 'short', 'drawn', 'number', 'percent', 'html', 'jo
 # %% ../../nbs/15a_report.page.ipynb #7b00c7f4
 from ..core import CarnbError, write_text  # before torch: see OMP_WAIT_POLICY there
 from ..text import use_korean_font
-import base64, contextlib, functools, hashlib, io, unicodedata
+import base64, contextlib, hashlib, io, unicodedata
 from pathlib import Path
 from urllib.parse import quote
 import numpy as np, pandas as pd
-from fastcore.basics import AttrDict
 from markupsafe import Markup, escape
 from ..disk import disk_message
+from ..ensemble.words import number as plain_number
 
 # %% ../../nbs/15a_report.page.ipynb #a28f17d8
 def _wide(c): return 2 if unicodedata.east_asian_width(c) in 'WF' else 1
@@ -54,8 +54,8 @@ def number(
 )->str:
     "A number for people"
     if x is None or pd.isna(x): return ''
-    s = f'{float(x):{"+" if sign else ""},.{digits}f}'
-    return s if any(c in '123456789' for c in s) or 'inf' in s else s.lstrip('+-')
+    s = plain_number(float(x), f'{"+" if sign else ""},.{digits}f')
+    return s if s.strip('+0.') else s.lstrip('+') # nothing has no sign
 
 # %% ../../nbs/15a_report.page.ipynb #a4f634b2
 def percent(x, digits:int=1)->str:
@@ -104,9 +104,13 @@ def table(
     shows, names = shows or {}, names or {}
     lines = list(df.itertuples(index=False, name=None))
     numeric = [any(is_number(r[i]) for r in lines) for i in range(df.shape[1])]
-    heads = [html('<th scope="col" class="{}"><button type="button">{}</button></th>', 'num' if k else '', breakable(names.get(c, c))) for c,k in zip(df.columns, numeric)]
+    def head(c, number):
+        kind = 'num' if number else ''
+        return html('<th scope="col" class="{}"><button type="button">{}</button></th>', kind, breakable(names.get(c, c)))
+    heads = [head(c, k) for c,k in zip(df.columns, numeric)]
     rows = [html('<tr>{}</tr>', joined(_cell(v, shows.get(c)) for c,v in zip(df.columns, r))) for r in lines]
-    return html('<div class="wide"><table class="sortable"><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>', joined(heads), joined(rows, '\n'))
+    return html('<div class="wide"><table class="sortable"><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>',
+                joined(heads), joined(rows, '\n'))
 
 # %% ../../nbs/15a_report.page.ipynb #557c543c
 def interval(
@@ -120,7 +124,8 @@ def interval(
     a, b = span
     x = [2+96*(v-a)/max(b-a, 1e-12) for v in (low, mid, high)]
     return html('<svg class="whisker" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="{} to {}">'
-                '<line x1="{:.1f}" x2="{:.1f}" y1="5" y2="5"/><rect x="{:.1f}" y="1" width="2" height="8"/></svg>', number(low), number(high), x[0], x[2], x[1]-1)
+                '<line x1="{:.1f}" x2="{:.1f}" y1="5" y2="5"/><rect x="{:.1f}" y="1" width="2" height="8"/></svg>',
+                number(low), number(high), x[0], x[2], x[1]-1)
 
 # %% ../../nbs/15a_report.page.ipynb #4181a173
 def heat(
@@ -131,9 +136,13 @@ def heat(
 )->Markup:
     "A matrix as a table whose cells are the darker the larger they are"
     heads = joined(html('<th scope="col"><span>{}</span></th>', breakable(c)) for c in values.columns)
-    def one(v): return html('<td style="--v:{:.2f}" class="{}">{}</td>', 0 if v != v else min(1, max(0, v)), 'strong' if v > .5 else '', show(v))
-    rows = joined((html('<tr><th scope="row">{}</th>{}</tr>', breakable(n), joined(map(one, r))) for n,r in zip(row_names or values.index, values.to_numpy(float))), '\n')
-    return html('<div class="wide"><table class="heat"><thead><tr><td>{}</td>{}</tr></thead><tbody>{}</tbody></table></div>', corner, heads, rows)
+    def cell(v):
+        dark = 0 if v != v else min(1, max(0, v))
+        return html('<td style="--v:{:.2f}" class="{}">{}</td>', dark, 'strong' if v > .5 else '', show(v))
+    def row(name, shares): return html('<tr><th scope="row">{}</th>{}</tr>', breakable(name), joined(map(cell, shares)))
+    rows = joined(map(row, row_names or values.index, values.to_numpy(float)), '\n')
+    return html('<div class="wide"><table class="heat"><thead><tr><td>{}</td>{}</tr></thead><tbody>{}</tbody></table></div>',
+                corner, heads, rows)
 
 # %% ../../nbs/15a_report.page.ipynb #16c8a612
 def photo(
@@ -146,7 +155,8 @@ def photo(
     h, w = pixels.shape[:2]
     if w > width: pixels = cv2.resize(pixels, (width, max(1, round(h*width/w))), interpolation=cv2.INTER_AREA)
     ok, jpeg = cv2.imencode('.jpg', np.ascontiguousarray(pixels[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 85])
-    return html('<img alt="{}" width="{}" height="{}" src="data:image/jpeg;base64,{}">', alt, *pixels.shape[1::-1], base64.b64encode(jpeg).decode())
+    data = base64.b64encode(jpeg).decode()
+    return html('<img alt="{}" width="{}" height="{}" src="data:image/jpeg;base64,{}">', alt, *pixels.shape[1::-1], data)
 
 # %% ../../nbs/15a_report.page.ipynb #cbc45508
 def card(
@@ -156,7 +166,8 @@ def card(
 )->Markup:
     "Photos with what is said of them"
     said = joined(html('<div>{}</div>', l) for l in lines)
-    return html('<figure class="{}"><div class="images">{}</div><figcaption>{}</figcaption></figure>', 'wrong' if wrong else '', joined(images), said)
+    return html('<figure class="{}"><div class="images">{}</div><figcaption>{}</figcaption></figure>',
+                'wrong' if wrong else '', joined(images), said)
 
 # %% ../../nbs/15a_report.page.ipynb #dc79a83d
 def gallery(cards, wide:bool=False)->Markup: # as many columns as fit
@@ -164,49 +175,115 @@ def gallery(cards, wide:bool=False)->Markup: # as many columns as fit
     return html('<div class="gallery{}">{}</div>', ' broad' if wide else '', joined(cards))
 
 # %% ../../nbs/15a_report.page.ipynb #38859ec0
+_DARK = dict.fromkeys(('figure.facecolor', 'axes.facecolor', 'savefig.facecolor'), '#16181c')
+
+def _png(draw, style):
+    "A drawing in a style of matplotlib, as base64"
+    import matplotlib.pyplot as plt
+    with plt.rc_context(style):
+        fig = draw()
+        fig.savefig(f := io.BytesIO(), format='png', dpi=110)
+        plt.close(fig)
+    return base64.b64encode(f.getvalue()).decode()
+
+# %% ../../nbs/15a_report.page.ipynb #15a10001
 def picture_pair(
     draw, # function without arguments that draws and returns the figure
     alt:str, # what it shows
 )->Markup:
     "A drawing for light and for dark pages"
     import matplotlib.pyplot as plt
-    data = {}
-    for name,style in dict(light={}, dark={**plt.style.library['dark_background'], 'figure.facecolor': '#16181c', 'axes.facecolor': '#16181c', 'savefig.facecolor': '#16181c'}).items():
-        with plt.rc_context(style):
-            fig = draw()
-            fig.savefig(f := io.BytesIO(), format='png', dpi=110)
-            plt.close(fig)
-        data[name] = base64.b64encode(f.getvalue()).decode()
-    return html('<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{}"><img class="drawing" alt="{}" src="data:image/png;base64,{}"></picture>', data['dark'], alt, data['light'])
+    light, dark = _png(draw, {}), _png(draw, {**plt.style.library['dark_background'], **_DARK})
+    return html('<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{}">'
+                '<img class="drawing" alt="{}" src="data:image/png;base64,{}"></picture>', dark, alt, light)
 
 # %% ../../nbs/15a_report.page.ipynb #9861f016
-STYLE = '''
-:root { color-scheme: light dark; --bg: #fff; --fg: #1d2127; --soft: #5c6570; --line: #dde1e6; --panel: #f5f6f8; --accent: #1f5fae; --bad: #b3261e; --heat: 31 95 174 }
-@media (prefers-color-scheme: dark) { :root { --bg: #16181c; --fg: #e4e7eb; --soft: #a0a8b3; --line: #363b43; --panel: #1f2329; --accent: #7db2f0; --bad: #ff8a80; --heat: 90 150 230 } }
+_PAGE = '''
+:root {
+  color-scheme: light dark; --bg: #fff; --fg: #1d2127; --soft: #5c6570; --line: #dde1e6; --panel: #f5f6f8;
+  --accent: #1f5fae; --bad: #b3261e; --heat: 31 95 174 }
+@media (prefers-color-scheme: dark) {
+  :root {
+    --bg: #16181c; --fg: #e4e7eb; --soft: #a0a8b3; --line: #363b43; --panel: #1f2329; --accent: #7db2f0; --bad: #ff8a80;
+    --heat: 90 150 230 }
+}
 * { box-sizing: border-box }
-body { margin: 0; background: var(--bg); color: var(--fg); font: 16px/1.5 "carnb-hangul", system-ui, "Segoe UI", Helvetica, Arial, sans-serif; word-break: keep-all; overflow-wrap: break-word }
+body {
+  margin: 0; background: var(--bg); color: var(--fg);
+  font: 16px/1.5 "carnb-hangul", system-ui, "Segoe UI", Helvetica, Arial, sans-serif; word-break: keep-all;
+  overflow-wrap: break-word }
 main { max-width: 90rem; margin: 0 auto; padding: 1.5rem clamp(1rem, 3vw, 3rem) 4rem }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.3rem; margin: 2.8rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line) } h3 { font-size: 1.05rem; margin: 1.6rem 0 .4rem }
-p, ul { max-width: 46rem } p { margin: .4rem 0 } a { color: var(--accent) } small, .soft { color: var(--soft) }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem }
+h2 { font-size: 1.3rem; margin: 2.8rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line) }
+h3 { font-size: 1.05rem; margin: 1.6rem 0 .4rem }
+p, ul { max-width: 46rem }
+p { margin: .4rem 0 }
+a { color: var(--accent) }
+small, .soft { color: var(--soft) }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1rem 0; font-size: .95rem }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .8rem; margin: 1.2rem 0 }
-.facts > div { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem } .facts b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums } .facts span { color: var(--soft); font-size: .85rem }
-.facts > .first { grid-column: span 2 } .facts > .first b { font-size: 1.9rem; line-height: 1.25 } .facts small { font-size: 1rem; font-weight: 400; white-space: nowrap }
+.facts > div { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem }
+.facts b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums }
+.facts span { color: var(--soft); font-size: .85rem }
+.facts > .first { grid-column: span 2 }
+.facts > .first b { font-size: 1.9rem; line-height: 1.25 }
+.facts small { font-size: 1rem; font-weight: 400; white-space: nowrap }
+'''
+
+# %% ../../nbs/15a_report.page.ipynb #15a10002
+_TABLES = '''
 .wide { overflow-x: auto; max-width: 100%; margin: .8rem 0; padding-bottom: .3rem }
-table { border-collapse: collapse; font-size: .92rem } th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; white-space: nowrap } td wbr, th wbr { display: none } th { vertical-align: bottom } .sortable th { white-space: normal; min-width: 5rem } .sortable th.num { text-align: right } td.long { white-space: normal; min-width: 16rem; max-width: 34rem }
-.sortable tr { border-bottom: 1px solid var(--line) } .sortable tbody tr:hover { background: var(--panel) }
+table { border-collapse: collapse; font-size: .92rem }
+th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; white-space: nowrap }
+td wbr, th wbr { display: none }
+th { vertical-align: bottom }
+.sortable th { white-space: normal; min-width: 5rem }
+.sortable th.num { text-align: right }
+td.long { white-space: normal; min-width: 16rem; max-width: 34rem }
+.sortable tr { border-bottom: 1px solid var(--line) }
+.sortable tbody tr:hover { background: var(--panel) }
 .num { text-align: right; font-variant-numeric: tabular-nums }
-th button { all: unset; cursor: pointer; font-weight: 600; color: var(--soft) } th button:hover, th button:focus-visible { color: var(--fg); text-decoration: underline } th[aria-sort=ascending] button::after { content: " \\25B4" } th[aria-sort=descending] button::after { content: " \\25BE" }
-.whisker { width: 9rem; height: 1.1rem; stroke: var(--soft); fill: var(--accent); stroke-width: 1.5 } .whisker rect { stroke: none }
-.heat { font-size: .8rem; line-height: 1.2 } .heat td { min-width: 2.3rem; text-align: center; padding: .28rem .2rem; background: rgb(var(--heat) / var(--v, 0)); border: 1px solid var(--line) } .heat thead td { border: 0; color: var(--soft); text-align: right; vertical-align: bottom }
-.heat .strong { color: #fff } .heat th { font-weight: 400; padding: .2rem .5rem } .heat tbody th { text-align: right; white-space: nowrap } .heat thead th { vertical-align: bottom } .heat thead span { writing-mode: vertical-rl; text-orientation: sideways; transform: rotate(180deg); white-space: nowrap }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: 1rem; margin: .8rem 0 } .gallery.broad { grid-template-columns: repeat(auto-fill, minmax(min(34rem, 100%), 1fr)) }
-figure { margin: 0; background: var(--panel); border-radius: .5rem; overflow: hidden } .images { display: flex; gap: 2px } .images img { flex: 1 1 0; min-width: 0; width: 100%; height: auto; display: block }
-figcaption { padding: .5rem .7rem; font-size: .88rem; line-height: 1.4 } figcaption div:first-child { font-weight: 600; font-size: .95rem } .said { color: var(--bad) } .fine { color: var(--soft); font-size: .82rem; overflow-wrap: anywhere }
-.drawing { max-width: 100%; height: auto } details { margin: .6rem 0 } summary { cursor: pointer; font-weight: 600 } footer { margin-top: 3rem; color: var(--soft); font-size: .88rem }
+th button { all: unset; cursor: pointer; font-weight: 600; color: var(--soft) }
+th button:hover, th button:focus-visible { color: var(--fg); text-decoration: underline }
+th[aria-sort=ascending] button::after { content: " \\25B4" }
+th[aria-sort=descending] button::after { content: " \\25BE" }
+.whisker { width: 9rem; height: 1.1rem; stroke: var(--soft); fill: var(--accent); stroke-width: 1.5 }
+.whisker rect { stroke: none }
+.heat { font-size: .8rem; line-height: 1.2 }
+.heat td {
+  min-width: 2.3rem; text-align: center; padding: .28rem .2rem; background: rgb(var(--heat) / var(--v, 0));
+  border: 1px solid var(--line) }
+.heat thead td { border: 0; color: var(--soft); text-align: right; vertical-align: bottom }
+.heat .strong { color: #fff }
+.heat th { font-weight: 400; padding: .2rem .5rem }
+.heat tbody th { text-align: right; white-space: nowrap }
+.heat thead th { vertical-align: bottom }
+.heat thead span { writing-mode: vertical-rl; text-orientation: sideways; transform: rotate(180deg); white-space: nowrap }
+'''
+
+# %% ../../nbs/15a_report.page.ipynb #15a10003
+_PHOTOS = '''
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: 1rem; margin: .8rem 0 }
+.gallery.broad { grid-template-columns: repeat(auto-fill, minmax(min(34rem, 100%), 1fr)) }
+figure { margin: 0; background: var(--panel); border-radius: .5rem; overflow: hidden }
+.images { display: flex; gap: 2px }
+.images img { flex: 1 1 0; min-width: 0; width: 100%; height: auto; display: block }
+figcaption { padding: .5rem .7rem; font-size: .88rem; line-height: 1.4 }
+figcaption div:first-child { font-weight: 600; font-size: .95rem }
+.said { color: var(--bad) }
+.fine { color: var(--soft); font-size: .82rem; overflow-wrap: anywhere }
+'''
+
+# %% ../../nbs/15a_report.page.ipynb #15a10004
+_REST = '''
+.drawing { max-width: 100%; height: auto }
+details { margin: .6rem 0 }
+summary { cursor: pointer; font-weight: 600 }
+footer { margin-top: 3rem; color: var(--soft); font-size: .88rem }
 @media (max-width: 40rem) { .facts { grid-template-columns: 1fr 1fr } th, td { padding: .3rem .45rem } h1 { font-size: 1.5rem } }
 @media print { nav { display: none } figure { break-inside: avoid } }
 '''
+STYLE = _PAGE + _TABLES + _PHOTOS + _REST
 
 # %% ../../nbs/15a_report.page.ipynb #aec1eba2
 SCRIPT = '''
@@ -261,7 +338,8 @@ def facts(
     pairs, # (what, value) or (what, value, 'first') for what counts most
 )->Markup:
     "The figures on top of a page"
-    return html('<div class="facts">{}</div>', joined(html('<div class="{}"><span>{}</span><b>{}</b></div>', p[2] if len(p) > 2 else '', p[0], p[1]) for p in pairs))
+    def one(what, value, kind=''): return html('<div class="{}"><span>{}</span><b>{}</b></div>', kind, what, value)
+    return html('<div class="facts">{}</div>', joined(one(*p) for p in pairs))
 
 # %% ../../nbs/15a_report.page.ipynb #40c53bdf
 def link(
@@ -283,8 +361,10 @@ def page_html(
     nav = joined((html('<a href="#s{}">{}</a>', i, k) for i,k in enumerate(sections)), ' ')
     body = joined((html('<section><h2 id="s{}">{}</h2>{}</section>', i, k, v) for i,(k,v) in enumerate(sections.items())), '\n')
     allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; font-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'"
-    words = html('<main><header><h1>{}</h1>{}</header><nav>{}</nav>\n{}\n<footer>{}</footer></main>', breakable(title), top, nav, body, footer)
+    policy = ("default-src 'none'; img-src data:; font-src data:; style-src 'unsafe-inline'; "
+              f"script-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'")
+    words = html('<main><header><h1>{}</h1>{}</header><nav>{}</nav>\n{}\n<footer>{}</footer></main>',
+                 breakable(title), top, nav, body, footer)
     font = Markup(page_font(str(words.striptags())))
     page = html('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{}">'
                 '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">'

@@ -37,7 +37,8 @@ def class_table(
 )->pd.DataFrame: # class, photos, accuracy, f1, loss (mean), taken_for; the worst first
     "One row per class, the worst first"
     loss, pairs = log_losses(probs, targets), confused_pairs(probs, targets, classes)
-    t = pd.DataFrame(dict(cls=np.array(classes)[targets], loss=loss, right=np.argmax(probs, 1) == targets)).groupby('cls').agg(photos=('loss', 'size'), accuracy=('right', 'mean'), loss=('loss', 'mean'))
+    photos = pd.DataFrame(dict(cls=np.array(classes)[targets], loss=loss, right=np.argmax(probs, 1) == targets))
+    t = photos.groupby('cls').agg(photos=('loss', 'size'), accuracy=('right', 'mean'), loss=('loss', 'mean'))
     t.insert(2, 'f1', pd.Series(f1_per_class(probs, targets, len(classes)), list(classes)))
     t['taken_for'] = pairs.sort_values('photos', ascending=False, kind='stable').drop_duplicates('true').set_index('true').said
     by_loss = get_metric(metric).wants == 'probs'
@@ -93,6 +94,7 @@ def plot_confusion(
     ax.grid(which='minor', color='.92', lw=.5)
     ax.tick_params(which='minor', length=0)
     for i,j in zip(*np.nonzero(share > .005)):
-        ax.text(j, i, f'{100*share[i,j]:.0f}', ha='center', va='center', fontsize=7, color='w' if share[i,j] > .5 else 'k' if i == j else 'C3')
+        color = 'w' if share[i,j] > .5 else 'k' if i == j else 'C3'
+        ax.text(j, i, f'{100*share[i,j]:.0f}', ha='center', va='center', fontsize=7, color=color)
     ax.set_title(f'percent of the true class (photos in brackets); {n} of {len(classes)} classes', fontsize=9)
     return ax
