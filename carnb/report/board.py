@@ -14,7 +14,8 @@ from fastcore.basics import AttrDict
 from ..ensemble.files import read_result
 from ..run import Run, find_runs, read_file
 from ..metrics import METRICS, accuracy, softmax
-from .page import breakable, html, interval, is_number, link, number, percent, table, writing
+from ..disk import disk_errors
+from .page import breakable, html, interval, is_number, link, number, percent, table
 
 # %% ../../nbs/15b_report.board.ipynb #ec65d6eb
 def board_row(
@@ -40,7 +41,7 @@ def leaderboard(
     metric = METRICS[runs[0].config.metric]
     t = pd.DataFrame([board_row(r) for r in runs]).sort_values(metric.name, ascending=metric.lower_is_better, ignore_index=True)
     folder = runs_dir()/safe_name(experiment)
-    with writing(folder): write_csv(folder/'leaderboard.csv', t)
+    with disk_errors(folder): write_csv(folder/'leaderboard.csv', t)
     return t
 
 # %% ../../nbs/15b_report.board.ipynb #f00def9e

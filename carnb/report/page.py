@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'SCRIPT', 'short', 'drawn', 'number', 'percent', 'html', 'joined', 'breakable', 'is_number', 'table',
-           'interval', 'heat', 'photo', 'card', 'gallery', 'picture_pair', 'page_font', 'writing', 'facts', 'link',
-           'page_html', 'write_page']
+           'interval', 'heat', 'photo', 'card', 'gallery', 'picture_pair', 'page_font', 'facts', 'link', 'page_html',
+           'write_page']
 
 # %% ../../nbs/15a_report.page.ipynb #7b00c7f4
 from ..core import CarnbError, write_text  # before torch: see OMP_WAIT_POLICY there
@@ -16,7 +16,7 @@ from urllib.parse import quote
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
 from markupsafe import Markup, escape
-from ..disk import disk_message
+from ..disk import disk_errors
 
 # %% ../../nbs/15a_report.page.ipynb #a28f17d8
 def _wide(c): return 2 if unicodedata.east_asian_width(c) in 'WF' else 1
@@ -245,17 +245,6 @@ def page_font(
     return ('<style>@font-face {font-family: "carnb-hangul"; src: url(data:font/woff;base64,' + data + '); '
             'unicode-range: U+1100-FFFF; font-display: block}</style>')
 
-# %% ../../nbs/15a_report.page.ipynb #8f07f13b
-@contextlib.contextmanager
-def writing(
-    folder, # that is written to
-):
-    "Failures of the disk become a `CarnbError` that says what to do"
-    try: yield
-    except OSError as e:
-        file = e.filename2 or e.filename
-        raise CarnbError(disk_message(e, folder) + (f' ({Path(file).name})' if file else '')) from None
-
 # %% ../../nbs/15a_report.page.ipynb #f4fedeb8
 def facts(
     pairs, # (what, value) or (what, value, 'first') for what counts most
@@ -298,4 +287,4 @@ def write_page(
     *args, **kwargs # of `page_html`
 ):
     "Write a page, whole or not at all"
-    with writing(Path(path).parent): write_text(path, page_html(*args, **kwargs))
+    with disk_errors(Path(path).parent): write_text(path, page_html(*args, **kwargs))
