@@ -177,7 +177,7 @@ def picture_pair(
             fig.savefig(f := io.BytesIO(), format='png', dpi=110)
             plt.close(fig)
         data[name] = base64.b64encode(f.getvalue()).decode()
-    return html('<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{}"><img class="drawing" alt="{}" src="data:image/png;base64,{}"></picture>', data['dark'], alt, data['light'])
+    return html('<div class="wide"><picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{}"><img class="drawing" alt="{}" src="data:image/png;base64,{}"></picture></div>', data['dark'], alt, data['light'])
 
 # %% ../../nbs/15a_report.page.ipynb #9861f016
 STYLE = '''
@@ -193,7 +193,7 @@ nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1rem 0; font-si
 .facts > div { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem } .facts b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums } .facts span { color: var(--soft); font-size: .85rem }
 .facts > .first { grid-column: span 2 } .facts > .first b { font-size: 1.9rem; line-height: 1.25 } .facts small { font-size: 1rem; font-weight: 400; white-space: nowrap }
 .wide { overflow-x: auto; max-width: 100%; margin: .8rem 0; padding-bottom: .3rem }
-table { border-collapse: collapse; font-size: .92rem } th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; white-space: nowrap } td wbr, th wbr { display: none } th { vertical-align: bottom } .sortable th { white-space: normal; min-width: 5rem } .sortable th.num { text-align: right } td.long { white-space: normal; min-width: 16rem; max-width: 34rem }
+table { border-collapse: collapse; font-size: .92rem } th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; white-space: nowrap } td wbr, th wbr { display: none } th { vertical-align: bottom } .sortable th { white-space: normal; min-width: 3.5rem } .sortable th.num { text-align: right } td.long { white-space: normal; min-width: 16rem; max-width: 34rem }
 .sortable tr { border-bottom: 1px solid var(--line) } .sortable tbody tr:hover { background: var(--panel) }
 .num { text-align: right; font-variant-numeric: tabular-nums }
 th button { all: unset; cursor: pointer; font-weight: 600; color: var(--soft) } th button:hover, th button:focus-visible { color: var(--fg); text-decoration: underline } th[aria-sort=ascending] button::after { content: " \\25B4" } th[aria-sort=descending] button::after { content: " \\25BE" }
@@ -204,7 +204,7 @@ th button { all: unset; cursor: pointer; font-weight: 600; color: var(--soft) } 
 figure { margin: 0; background: var(--panel); border-radius: .5rem; overflow: hidden } .images { display: flex; gap: 2px } .images img { flex: 1 1 0; min-width: 0; width: 100%; height: auto; display: block }
 figcaption { padding: .5rem .7rem; font-size: .88rem; line-height: 1.4 } figcaption div:first-child { font-weight: 600; font-size: .95rem } .said { color: var(--bad) } .fine { color: var(--soft); font-size: .82rem; overflow-wrap: anywhere }
 .drawing { max-width: 100%; height: auto } details { margin: .6rem 0 } summary { cursor: pointer; font-weight: 600 } footer { margin-top: 3rem; color: var(--soft); font-size: .88rem }
-@media (max-width: 40rem) { .facts { grid-template-columns: 1fr 1fr } th, td { padding: .3rem .45rem } h1 { font-size: 1.5rem } }
+@media (max-width: 40rem) { .facts { grid-template-columns: 1fr 1fr } th, td { padding: .3rem .45rem } h1 { font-size: 1.5rem } .wide .drawing { width: 44rem; max-width: none } }
 @media print { nav { display: none } figure { break-inside: avoid } }
 '''
 
