@@ -91,7 +91,7 @@ def is_number(v)->bool: return isinstance(v, (int, float, np.number)) and not is
 def _cell(v, show):
     "A value as a table cell; numbers carry themselves for sorting"
     t = show(v) if show else breakable('' if v is None or v is pd.NA or v != v else v)
-    if not is_number(v): return html('<td class="{}">{}</td>', 'long' if not isinstance(v, Markup) and len(str(v)) > 48 else '', t)
+    if not is_number(v): return html('<td class="{}">{}</td>', 'long' if not isinstance(v, Markup) and len(str(v)) > 40 else '', t)
     return html('<td class="num" data-v="{}">{}</td>', '' if v != v else repr(float(v)), t)
 
 # %% ../../nbs/15a_report.page.ipynb #e9a55a09
@@ -193,7 +193,7 @@ nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1rem 0; font-si
 .facts > div { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem } .facts b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums } .facts span { color: var(--soft); font-size: .85rem }
 .facts > .first { grid-column: span 2 } .facts > .first b { font-size: 1.9rem; line-height: 1.25 } .facts small { font-size: 1rem; font-weight: 400; white-space: nowrap }
 .wide { overflow-x: auto; max-width: 100%; margin: .8rem 0; padding-bottom: .3rem }
-table { border-collapse: collapse; font-size: .92rem } th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; white-space: nowrap } td wbr, th wbr { display: none } th { vertical-align: bottom } .sortable th { white-space: normal; min-width: 3.5rem } .sortable th.num { text-align: right } td.long { white-space: normal; min-width: 16rem; max-width: 34rem }
+table { border-collapse: collapse; font-size: .92rem } th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; white-space: nowrap } td wbr, th wbr { display: none } th { vertical-align: bottom } .sortable th { white-space: normal; min-width: 3.5rem } .sortable th.num { text-align: right } td.long { white-space: normal; min-width: 16rem; max-width: 34rem }
 .sortable tr { border-bottom: 1px solid var(--line) } .sortable tbody tr:hover { background: var(--panel) }
 .num { text-align: right; font-variant-numeric: tabular-nums }
 th button { all: unset; cursor: pointer; font-weight: 600; color: var(--soft) } th button:hover, th button:focus-visible { color: var(--fg); text-decoration: underline } th[aria-sort=ascending] button::after { content: " \\25B4" } th[aria-sort=descending] button::after { content: " \\25BE" }
