@@ -8,7 +8,7 @@ __all__ = ['TINY', 'epochs_of', 'exponent_summary', 'measured', 'tidy_checkpoint
            'finished', 'prepare', 'train_run', 'tiny_experiment']
 
 # %% ../nbs/09g_fit.ipynb #fi0003
-from .core import CarnbError, ConfigError, DamagedFile, DataError, raise_problems  # before torch: see OMP_WAIT_POLICY there
+from .core import ConfigError, DamagedFile, DataError, raise_problems  # before torch: see OMP_WAIT_POLICY there
 from .core import runs_dir, safe_name, save_npz
 from .run import Run, is_run_folder, read_file, set_aside
 from .records import file_digest, write_record
@@ -22,7 +22,7 @@ from .data.items import Competition
 from .identity import code_version, compare_data, data_changes, data_record, fingerprint, restore_folds, trained_runs
 from .pooling import pooling_p
 from .checkpoint import cleanup_old_checkpoints, DamagedCheckpoint, get_checkpoint_info, list_checkpoints
-from .disk import disk_message, run_lock
+from .disk import disk_errors, run_lock
 from .tasks import get_task, read_data
 from .training.resume import fit_from
 from .settings import resolve, train_config, validates
@@ -86,12 +86,12 @@ def fit_run(
     "Train, then write `metrics.json`: the done marker"
     t0 = time.perf_counter()
     learn.create_opt()
-    try: fit_from(learn, epochs_of(cfg, run), *learn.checkpoints.load())
-    except OSError as e: raise CarnbError(disk_message(e, run.path)) from None
-    finally:
-        for dl in learn.dls.loaders: dl.close()
-    metrics = measured(learn, cfg) | dict(seconds=time.perf_counter()-t0)
-    write_record(run/'metrics.json', metrics | dict(weights=file_digest(run/'weights.safetensors')))
+    with disk_errors(run.path):
+        try: fit_from(learn, epochs_of(cfg, run), *learn.checkpoints.load())
+        finally:
+            for dl in learn.dls.loaders: dl.close()
+        metrics = measured(learn, cfg) | dict(seconds=time.perf_counter()-t0)
+        write_record(run/'metrics.json', metrics | dict(weights=file_digest(run/'weights.safetensors')))
     tidy_checkpoints(run, cfg.fold, cfg.keep_checkpoints)
     return metrics
 
@@ -117,10 +117,11 @@ def start_run(
     "Make the folder and record configuration and data"
     record, held_out = data_record(comp, cfg.get('merges')), comp.train.fold == cfg.fold
     about = dict(n_train=int((~held_out).sum()), n_valid=int(held_out.sum()), n_test=len(comp.test), fingerprint=fingerprint(record))
-    run.path.mkdir(parents=True, exist_ok=True)
-    if (run/'data.npz').is_dir(): set_aside(run/'data.npz')
-    save_npz(run/'data.npz', **record)
-    return run.start({k: v for k,v in cfg.items()}, classes=list(comp.classes), data=about)
+    with disk_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        if (run/'data.npz').is_dir(): set_aside(run/'data.npz')
+        save_npz(run/'data.npz', **record)
+        return run.start({k: v for k,v in cfg.items()}, classes=list(comp.classes), data=about)
 
 # %% ../nbs/09g_fit.ipynb #1d3a7e03
 def last_state(
@@ -239,8 +240,9 @@ def prepare(
     task, others = get_task(cfg.task), check_experiment(cfg)
     comp, checked = read_data(task, cfg.data_dir, cfg.merges, progress, cfg.data_options)
     cfg, folder = resolve(cfg, task, checked), runs_dir()/safe_name(cfg.experiment)
-    (locks := runs_dir()/'.cache').mkdir(parents=True, exist_ok=True)
-    with FileLock(locks/f'{folder.name}.lock'):
+    locks = runs_dir()/'.cache'
+    with disk_errors(folder): locks.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder), FileLock(locks/f'{folder.name}.lock'):
         restore_folds(cfg.experiment)
         compare_data(others, comp, checked, cfg=cfg)
         leaks = assign_folds(comp, checked, folder/'folds.csv', cfg.n_folds, cfg.split_seed, cfg.folds_file)

@@ -8,6 +8,7 @@ __all__ = ['GIVEN_BY_NAME', 'check_grid', 'grid_cells', 'disk_of', 'free_space',
 
 # %% ../nbs/11_grid.ipynb #d2db3a7c
 from .core import ConfigError, did_you_mean, raise_problems, runs_dir, write_csv  # before torch: see OMP_WAIT_POLICY there
+from .disk import disk_errors
 from .machine import pick_device
 from .run import Run
 from .stages import stage_params
@@ -194,5 +195,5 @@ def run_grid(
         code = run_cell(cells[row.cell])
         plan.loc[i, 'state'] = 'done' if code == 0 else 'failed'
         plan.loc[i, 'minutes'] = round((time.perf_counter()-t0)/60, 2)
-        write_csv(path, plan)
+        with disk_errors(path.parent): write_csv(path, plan)
     return plan

@@ -36,7 +36,8 @@ def _with_outputs(
 # %% ../nbs/00c_recorder.ipynb #53fcc483
 def _show_interrupt(shell, kind, error, tb, tb_offset=None):
     "In place of a page of traceback: what was kept, and what to do"
-    line = f'interrupted{f" ({error})" if str(error) else ""}: run this cell again'
+    kept = str(error).partition(';')[0] # what follows is for a command
+    line = f'interrupted{f" ({kept})" if kept else ""}: run this cell again'
     shell._showtraceback(kind, error, [line])
     return [line]
 
