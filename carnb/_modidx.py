@@ -1809,4 +1809,5 @@ d = { 'settings': { 'branch': 'main',
                              'carnb.worth.calm_losses': ('worth.html#calm_losses', 'carnb/worth.py'),
                              'carnb.worth.signed': ('worth.html#signed', 'carnb/worth.py'),
                              'carnb.worth.view_gains': ('worth.html#view_gains', 'carnb/worth.py'),
+                             'carnb.worth.view_losses': ('worth.html#view_losses', 'carnb/worth.py'),
                              'carnb.worth.worth_lines': ('worth.html#worth_lines', 'carnb/worth.py')}}}
