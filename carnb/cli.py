@@ -215,7 +215,7 @@ def demo(
 )->int: # exit code
     "The whole road on the drawn competition: train 2 models x 4 folds, predict, ensemble, submit, report"
     t0, root = time.perf_counter(), runs_dir()/'demo'
-    print('carnb demo: a small competition is drawn, and the whole road is walked on it; some 5 minutes on two quiet cores.')
+    print('carnb demo: a small competition is drawn, and the whole road is walked on it; 5 to 10 minutes on two quiet cores.')
     print(f'Everything goes to {os.path.relpath(root)}; what is done is not done again.', flush=True)
     from carnb.demo import make_demo
     make_demo(runs_dir()/'demo_data')

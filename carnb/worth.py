@@ -85,7 +85,7 @@ def worth_lines(
         _row('  with a temperature (how sure it may be), as all lines below', losses['identity'].mean(), ''),
         _row(f'a model by itself, on average over all ({len(models)})', each, ''),
         *[_row(f'  and {VIEW_WORDS.get(v, v)}, the mean of both', l, signed(*d)) for v,(l,d) in views.items()],
-        _row('the best model with the views that suit it', e['best_single']['score'], ''),
+        _row('the best model and its views, both chosen on other photos', e['best_single']['score'], ''),
         _row(f'the ensemble ({e["combination"]}) against the line above', e['scores'].get('choice', e['scores']['nested']), signed(**e['difference']))]
 
 # %% ../nbs/16d_worth.ipynb #eb75b654
