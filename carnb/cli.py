@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 from .precheck import problems_of
 from .launch import Requests, run_stage
+from .demo_weights import demo_weights
 from .worth import answer_lines, worth_lines
 
 # %% ../nbs/17_cli.ipynb #cb4e9739
@@ -191,10 +192,10 @@ def new(
     return 0
 
 # %% ../nbs/17_cli.ipynb #0a888270
-DEMO = dict(archs=['test_resnet'], over=dict(img_size=[140, 152]), folds=[0, 1, 2, 3],
-            settings=dict(keep_checkpoints='none')) # and the weights of `06a_demo_weights`
+DEMO = dict(archs=['test_resnet'], folds=[0, 1, 2, 3], # no mirror images: they are kept for the second look at a photo
+            settings=dict(img_size=140, augmentation=dict(flip=0.), keep_checkpoints='none'))
 DEMO_STEPS = dict(
-    grid='two models (one network, two photo sizes) x four of five folds; '
+    grid='two models (one kind of network, two beginnings) x four of five folds; '
          'a fold is a fifth of the photos, kept from its model and used to test it',
     predict='each model looks at each photo in several views: as it is, mirrored, upside down ...',
     ensemble='out of fold: each photo is judged by the model that did not learn from it; the best combination is chosen by that',
@@ -204,9 +205,9 @@ DEMO_STEPS = dict(
 # %% ../nbs/17_cli.ipynb #cl000009
 def _demo_params(stage):
     "Parameters of a stage of the demo"
-    if stage != 'grid': return dict(experiment='demo') | (dict(views='best') if stage == 'ensemble' else {})
-    weights = str(notebooks_dir()/'demo_weights.safetensors')
-    return dict(experiment='demo') | DEMO | dict(settings=DEMO['settings'] | dict(pretrained=weights))
+    if stage == 'ensemble': return dict(experiment='demo', views='best')
+    if stage != 'grid': return dict(experiment='demo')
+    return DEMO | dict(experiment='demo', over=dict(pretrained=[str(demo_weights(n)) for n in (1, 2)]))
 
 # %% ../nbs/17_cli.ipynb #6d8b6bf5
 def demo(
@@ -214,7 +215,7 @@ def demo(
 )->int: # exit code
     "The whole road on the drawn competition: train 2 models x 4 folds, predict, ensemble, submit, report"
     t0, root = time.perf_counter(), runs_dir()/'demo'
-    print('carnb demo: a small competition is drawn, and the whole road is walked on it; some 5 minutes on two quiet cores.')
+    print('carnb demo: a small competition is drawn, and the whole road is walked on it; 5 to 10 minutes on two quiet cores.')
     print(f'Everything goes to {os.path.relpath(root)}; what is done is not done again.', flush=True)
     from carnb.demo import make_demo
     make_demo(runs_dir()/'demo_data')
