@@ -225,6 +225,7 @@ def load_npz(
     except FileNotFoundError: raise DamagedFile(f'{path}: is not there') from None
     except Exception as e:
         why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
+        if 'pickle' in why: why = 'other contents' # NumPy would have it loaded unsafely
         raise DamagedFile(f'{path}: no archive of arrays, or a damaged one ({why})') from None
     said = arrays.pop('checksum', None)
     if names is None and said is not None and str(said) != arrays_checksum(arrays):

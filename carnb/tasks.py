@@ -23,6 +23,7 @@ from .data.layouts import LAYOUTS, guess_task
 from .data.merges import read_yaml
 from .data.photos import as_text, nfc
 from .data.tables import existing_dir, first_few, list_photos
+from .disk import disk_errors
 from .demo import FACE_PHOTOS, make_demo
 from .metrics import METRICS
 from .presets import TASK_LAYERS
@@ -234,7 +235,8 @@ def read_items(
 )->Competition:
     "A competition's tables, before any photo is opened"
     raise_problems('the data cannot be read like this', task_problems(task.name, options) if task.name in TASKS else [], ConfigError)
-    if data_dir is None: data_dir = make_demo(runs_dir()/'demo_data')
+    if data_dir is None:
+        with disk_errors(runs_dir()): data_dir = make_demo(runs_dir()/'demo_data')
     try: comp = task.read(data_dir, merges, **(task.options | (options or {})))
     except OSError as e: raise DataError(f'{as_text(e.filename or data_dir)}: {e.strerror or e}') from None
     except DataError as e:

@@ -292,7 +292,7 @@ def _turn(im): return _alone if im.width*im.height > ALONE_PIXELS else contextli
 # %% ../../nbs/01c_data.faults.ipynb #42b22999
 def check_photo(
     path, # a file
-)->dict: # findings (codes), message (a line per code), width, height (as stored), sha, phash, thumb (16 x 16 grey, hex), mean and mean square per channel (0 to 1)
+)->dict: # findings (codes), message (a line per code), width, height (as stored), sha, phash, thumb (16 x 16 grey, hex), means per channel
     "Open one photo completely and say what is special about it"
     raw, fault = _bytes_or_fault(path)
     if fault: return _row(dict([fault]))
@@ -338,6 +338,14 @@ def _cache_of(data_dir):
     name = hashlib.sha1(str(data_dir.resolve()).encode(errors='replace')).hexdigest()
     return runs_dir()/f'.cache/check-{name[:12]}.csv'
 
+# %% ../../nbs/01c_data.faults.ipynb #01c10001
+def _remember(cache, others, known, new):
+    "Write the cache; what could not be decoded is looked at again the next time"
+    decoded = new[new.phash != '']
+    if not len(decoded): return
+    tables = [t for t in (others, known, decoded) if len(t)]
+    write_csv(cache, pd.concat(tables, ignore_index=True))
+
 # %% ../../nbs/01c_data.faults.ipynb #408997ed
 def check_photos(
     data_dir, # `paths` are below it
@@ -357,11 +365,8 @@ def check_photos(
     if not todo: return known.set_index('path').loc[paths].reset_index()
     rows = _check_all([os.path.join(data_dir, p) for p in todo], progress)
     new = pd.DataFrame([dict(path=p, stamp=stamps[p], **r) for p,r in zip(todo, rows)])
+    _remember(cache, old[~old.path.isin({*have, *todo})], known, new)
     res = pd.concat([known, new], ignore_index=True) if len(known) else new
-    decoded = new[new.phash != ''] # what could not be decoded is looked at again
-    if len(decoded):
-        tables = old[~old.path.isin(res.path)], known, decoded
-        write_csv(cache, pd.concat([t for t in tables if len(t)], ignore_index=True))
     return res.set_index('path').loc[paths].reset_index()
 
 # %% ../../nbs/01c_data.faults.ipynb #da750025

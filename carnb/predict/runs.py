@@ -14,6 +14,7 @@ import numpy as np, pandas as pd
 from filelock import FileLock
 from ..backbones import fixed_size, is_transformer, model_stats
 from ..bars import progress_bar
+from ..disk import disk_errors
 from ..data.folds import assign_folds
 from ..data.items import Competition
 from ..identity import compare_data, photo_hashes, restore_folds
@@ -124,8 +125,9 @@ def predict_run(
         logits = _finite(run, predict_items(model, items, comp, cfg, views, device, batch_size, num_workers, preprocess))
         arrays = _arrays(items, comp, views, logits) | dict(photos=np.array(seen[f]), weights=np.array(weights))
         if f == 'oof_tta.npz': arrays['targets'] = np.array([at[t] for t in items.target])
-        if (run/f).is_dir(): set_aside(run/f)
-        save_npz(run/f, **arrays)
+        with disk_errors(run.path):
+            if (run/f).is_dir(): set_aside(run/f)
+            save_npz(run/f, **arrays)
     return True
 
 # %% ../../nbs/11c_predict.runs.ipynb #c0088e3a
@@ -138,9 +140,10 @@ def experiment_data(
     record, comp, runs = open_experiment(experiment, task, data_dir)
     comp, checked = check_competition(comp)
     c = runs[0].config
-    restore_folds(experiment)
+    folds = runs_dir()/safe_name(experiment)/'folds.csv'
+    with disk_errors(folds.parent): restore_folds(experiment)
     compare_data(runs, comp, checked, cfg=c)
-    assign_folds(comp, checked, runs_dir()/safe_name(experiment)/'folds.csv', c.n_folds, c.split_seed)
+    with disk_errors(folds.parent): assign_folds(comp, checked, folds, c.n_folds, c.split_seed)
     return record, comp, runs
 
 # %% ../../nbs/11c_predict.runs.ipynb #b2871820

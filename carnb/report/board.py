@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUMMARY', 'NUMBERS', 'COLUMNS', 'HEADINGS', 'NOT_SETTINGS', 'board_row', 'px_text', 'leaderboard', 'out_of_fold',
-           'score_interval', 'ensemble_result', 'check_labels', 'read_histories', 'headline', 'model_row',
-           'ensemble_row', 'compare', 'metric_words', 'ensemble_lines', 'with_intervals', 'board_table', 'runs_table',
-           'settings_table']
+           'score_interval', 'ensemble_result', 'member_problems', 'check_labels', 'read_histories', 'headline',
+           'model_row', 'ensemble_row', 'compare', 'metric_words', 'ensemble_lines', 'with_intervals', 'board_table',
+           'runs_table', 'settings_table']
 
 # %% ../../nbs/15b_report.board.ipynb #725ed09d
 from ..core import DamagedFile, DataError, raise_problems, runs_dir, safe_name, write_csv  # before torch: see OMP_WAIT_POLICY there
@@ -16,6 +16,7 @@ from ..ensemble.words import some_of
 from ..ensemble.files import read_result
 from ..run import Run, find_runs, read_file
 from ..metrics import METRICS, accuracy, softmax
+from ..disk import disk_errors
 from .page import interval, is_number, link, number, table, writing
 
 # %% ../../nbs/15b_report.board.ipynb #ec65d6eb
@@ -42,7 +43,7 @@ def leaderboard(
     metric = METRICS[runs[0].config.metric]
     t = pd.DataFrame([board_row(r) for r in runs]).sort_values(metric.name, ascending=metric.lower_is_better, ignore_index=True)
     folder = runs_dir()/safe_name(experiment)
-    with writing(folder): write_csv(folder/'leaderboard.csv', t)
+    with disk_errors(folder): write_csv(folder/'leaderboard.csv', t)
     return t
 
 # %% ../../nbs/15b_report.board.ipynb #f00def9e
@@ -92,6 +93,19 @@ def ensemble_result(
     if problems: raise DamagedFile(f'{"; ".join(problems)}. carnb ensemble -p experiment {name} makes it anew')
     return done.summary, done.oof
 
+# %% ../../nbs/15b_report.board.ipynb #bd000001
+def member_problems(
+    experiment:str, # name below `runs/`
+    summary:dict, # its `ensemble.json`
+)->list[str]:
+    "What became of the runs that were blended"
+    names, notes = [m['name'] for m in summary['members']], []
+    whole = {r.model for r in find_runs(experiment, notes=notes)}
+    bad = [o.removeprefix('left out: ') for o in notes if o.startswith('left out: ')]
+    of_members = [o for o in bad if any(f'/{m}/fold' in o for m in names)]
+    gone = [m for m in names if m not in whole and not any(f'/{m}/fold' in o for o in bad)]
+    return of_members + [f'{m}: its runs are gone. carnb ensemble -p experiment {experiment} blends what is there' for m in gone]
+
 # %% ../../nbs/15b_report.board.ipynb #88b087f1
 def check_labels(
     o, # ids, classes, targets of predictions
@@ -117,10 +131,11 @@ def read_histories(
 )->dict: # run name -> rows of `history.csv`; runs without validation are left out
     "The learning curves of an experiment"
     res, need = {}, ['epoch', 'train_loss', 'val_loss', f'val_{metric}']
-    for r in (r for r in runs if r.config.fold != 'all' and (r/'history.csv').exists()):
-        try: res[r.name] = pd.read_csv(r/'history.csv')[need].astype(float)
-        except (ValueError, KeyError, OSError, pd.errors.ParserError) as e:
-            notes.append(f'no learning curve of {r.name}, history.csv cannot be read ({str(e).splitlines()[0][:80]})')
+    for r in runs:
+        if r.config.fold == 'all' or not (r/'history.csv').exists(): continue
+        try: res[r.name] = pd.DataFrame(read_file(r/'history.csv'))[need].astype(float)
+        except DamagedFile as e: notes.append(f'no learning curve: {e}')
+        except (ValueError, KeyError): notes.append(f'no learning curve: {r/"history.csv"}: lacks numbers of {", ".join(need[1:])}')
     return res
 
 # %% ../../nbs/15b_report.board.ipynb #19bba49c

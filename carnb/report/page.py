@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'SCRIPT', 'short', 'drawn', 'number', 'percent', 'html', 'joined', 'breakable', 'is_number', 'table',
-           'interval', 'heat', 'photo', 'card', 'gallery', 'picture_pair', 'page_font', 'writing', 'facts', 'link',
-           'page_html', 'write_page']
+           'interval', 'heat', 'photo', 'card', 'gallery', 'picture_pair', 'page_font', 'facts', 'link', 'page_html',
+           'write_page']
 
 # %% ../../nbs/15a_report.page.ipynb #7b00c7f4
 from ..core import CarnbError, write_text  # before torch: see OMP_WAIT_POLICY there
@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 import numpy as np, pandas as pd
 from markupsafe import Markup, escape
-from ..disk import disk_message
+from ..disk import disk_errors
 from ..ensemble.words import number as plain_number
 
 # %% ../../nbs/15a_report.page.ipynb #a28f17d8
@@ -91,7 +91,7 @@ def is_number(v)->bool: return isinstance(v, (int, float, np.number)) and not is
 def _cell(v, show):
     "A value as a table cell; numbers carry themselves for sorting"
     t = show(v) if show else breakable('' if v is None or v is pd.NA or v != v else v)
-    if not is_number(v): return html('<td class="{}">{}</td>', 'long' if not isinstance(v, Markup) and len(str(v)) > 48 else '', t)
+    if not is_number(v): return html('<td class="{}">{}</td>', 'long' if not isinstance(v, Markup) and len(str(v)) > 40 else '', t)
     return html('<td class="num" data-v="{}">{}</td>', '' if v != v else repr(float(v)), t)
 
 # %% ../../nbs/15a_report.page.ipynb #e9a55a09
@@ -194,8 +194,8 @@ def picture_pair(
     "A drawing for light and for dark pages"
     import matplotlib.pyplot as plt
     light, dark = _png(draw, {}), _png(draw, {**plt.style.library['dark_background'], **_DARK})
-    return html('<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{}">'
-                '<img class="drawing" alt="{}" src="data:image/png;base64,{}"></picture>', dark, alt, light)
+    return html('<div class="wide"><picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{}">'
+                '<img class="drawing" alt="{}" src="data:image/png;base64,{}"></picture></div>', dark, alt, light)
 
 # %% ../../nbs/15a_report.page.ipynb #9861f016
 _PAGE = '''
@@ -234,10 +234,10 @@ nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1rem 0; font-si
 _TABLES = '''
 .wide { overflow-x: auto; max-width: 100%; margin: .8rem 0; padding-bottom: .3rem }
 table { border-collapse: collapse; font-size: .92rem }
-th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; white-space: nowrap }
+th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; white-space: nowrap }
 td wbr, th wbr { display: none }
 th { vertical-align: bottom }
-.sortable th { white-space: normal; min-width: 5rem }
+.sortable th { white-space: normal; min-width: 3.5rem }
 .sortable th.num { text-align: right }
 td.long { white-space: normal; min-width: 16rem; max-width: 34rem }
 .sortable tr { border-bottom: 1px solid var(--line) }
@@ -280,7 +280,7 @@ _REST = '''
 details { margin: .6rem 0 }
 summary { cursor: pointer; font-weight: 600 }
 footer { margin-top: 3rem; color: var(--soft); font-size: .88rem }
-@media (max-width: 40rem) { .facts { grid-template-columns: 1fr 1fr } th, td { padding: .3rem .45rem } h1 { font-size: 1.5rem } }
+@media (max-width: 40rem) { .facts { grid-template-columns: 1fr 1fr } th, td { padding: .3rem .45rem } h1 { font-size: 1.5rem } .wide .drawing { width: 44rem; max-width: none } }
 @media print { nav { display: none } figure { break-inside: avoid } }
 '''
 STYLE = _PAGE + _TABLES + _PHOTOS + _REST
@@ -321,17 +321,6 @@ def page_font(
     data = base64.b64encode(f.getvalue()).decode()
     return ('<style>@font-face {font-family: "carnb-hangul"; src: url(data:font/woff;base64,' + data + '); '
             'unicode-range: U+1100-FFFF; font-display: block}</style>')
-
-# %% ../../nbs/15a_report.page.ipynb #8f07f13b
-@contextlib.contextmanager
-def writing(
-    folder, # that is written to
-):
-    "Failures of the disk become a `CarnbError` that says what to do"
-    try: yield
-    except OSError as e:
-        file = e.filename2 or e.filename
-        raise CarnbError(disk_message(e, folder) + (f' ({Path(file).name})' if file else '')) from None
 
 # %% ../../nbs/15a_report.page.ipynb #f4fedeb8
 def facts(
@@ -378,4 +367,4 @@ def write_page(
     *args, **kwargs # of `page_html`
 ):
     "Write a page, whole or not at all"
-    with writing(Path(path).parent): write_text(path, page_html(*args, **kwargs))
+    with disk_errors(Path(path).parent): write_text(path, page_html(*args, **kwargs))
