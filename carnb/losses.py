@@ -111,11 +111,14 @@ def _check_values(t, n_classes):
     "Raise for labels out of range, or soft targets that are no distribution"
     if t.ndim == 1:
         if t.min() < 0 or t.max() >= n_classes:
-            raise ValueError(f"targets: labels from {int(t.min())} to {int(t.max())}, expected 0 to {n_classes-1} (the logits have {n_classes} columns)")
+            raise ValueError(f"targets: labels from {int(t.min())} to {int(t.max())}, "
+                             f"expected 0 to {n_classes-1} (the logits have {n_classes} columns)")
         return
     if not torch.isfinite(t).all(): raise ValueError("targets: NaN or infinity in soft targets, expected probabilities")
     if (t < 0).any(): raise ValueError(f"targets: smallest soft target {t.min():.4g}, expected no negative numbers")
-    if ((t.sum(1) - 1).abs() > 1e-2).any(): raise ValueError(f"targets: soft targets sum to {t.sum(1).min():.4g}..{t.sum(1).max():.4g} per row, expected 1")
+    sums = t.sum(1)
+    if ((sums - 1).abs() > 1e-2).any():
+        raise ValueError(f"targets: soft targets sum to {sums.min():.4g}..{sums.max():.4g} per row, expected 1")
 
 # %% ../nbs/04_losses.ipynb #88a6eb49
 def _bad_rows(t, n_classes):
@@ -208,9 +211,12 @@ def class_weights(
     n = np.asarray(counts, dtype=np.float64)
     if n.ndim != 1 or len(n) < 2: raise ValueError(f"counts: shape {n.shape}, expected (C,), one count per class")
     if not np.isfinite(n).all() or (n < 1).any():
-        raise ValueError(f"counts: classes {np.flatnonzero(~(n >= 1)).tolist()[:8]} have no photo, expected at least 1 in each of {len(n)} classes")
-    e = n if beta == 1 else np.ones_like(n) if beta == 0 else -np.expm1(n*np.log(beta))/(1-beta)
-    w = 1/e
+        empty = np.flatnonzero(~(n >= 1)).tolist()[:8]
+        raise ValueError(f"counts: classes {empty} have no photo, expected at least 1 in each of {len(n)} classes")
+    if beta == 0: effective = np.ones_like(n)
+    elif beta == 1: effective = n
+    else: effective = -np.expm1(n*np.log(beta))/(1-beta)
+    w = 1/effective
     return torch.as_tensor(w/w.mean())
 
 # %% ../nbs/04_losses.ipynb #ca34f0f7
@@ -231,11 +237,14 @@ class FocalLoss(ClassificationLoss):
         reduction:str='mean', # 'mean', 'sum' or 'none'
         n_classes:int=None # number of classes C
     ):
-        if alpha is not None and weight is not None: raise ValueError("alpha and weight: both given, expected one of them, they mean the same")
+        if alpha is not None and weight is not None:
+            raise ValueError("alpha and weight: both given, expected one of them, they mean the same")
         super().__init__(weight if alpha is None else alpha, reduction, n_classes)
         _check(gamma=gamma)
         self.gamma = gamma
-    def losses(self, logits, q): return _focal(logits, q if self.weight is None else q*self.weight_like(q), self.gamma)
+    def losses(self, logits, q):
+        if self.weight is not None: q = q*self.weight_like(q)
+        return _focal(logits, q, self.gamma)
 
 # %% ../nbs/04_losses.ipynb #8e7ea9cf
 class LabelSmoothingFocalLoss(FocalLoss):
@@ -330,6 +339,31 @@ class BiTemperedLogisticLoss(ClassificationLoss):
     def activation(self, x): return tempered_softmax(_plain(x).float(), self.t2)
     def log_probs(self, x): return tempered_log_softmax(_plain(x).float(), self.t2)
 
+# %% ../nbs/04_losses.ipynb #c34c97eb
+def _check_pair(a, b):
+    "Raise unless both are class indices of equal length"
+    hard = a.ndim == 1 and not a.is_floating_point() and not b.is_floating_point()
+    if a.shape != b.shape or not hard:
+        raise ValueError(f"targets_a, targets_b: {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}, "
+                         "expected class indices (n,) of equal length")
+
+# %% ../nbs/04_losses.ipynb #8eee2a62
+def _mix_shares(lam, targets):
+    "`lam` as a tensor beside the targets, with the precision that it has"
+    floating = isinstance(lam, Tensor) and lam.is_floating_point()
+    lam = torch.as_tensor(lam, dtype=lam.dtype if floating else torch.float32, device=targets.device)
+    if lam.ndim > 1 or (lam.ndim == 1 and len(lam) != len(targets)):
+        raise ValueError(f"lam: shape {tuple(lam.shape)}, expected a number or ({len(targets)},)")
+    return lam
+
+# %% ../nbs/04_losses.ipynb #7426b8a1
+def _outside(lam): return ~((lam >= 0) & (lam <= 1))                     # True for NaN too
+
+# %% ../nbs/04_losses.ipynb #06b21401
+def _one_hot(t, n_classes, dtype):
+    "Class indices (n,) as rows (n, C); what is no class is cut to one"
+    return torch.zeros(len(t), n_classes, dtype=dtype, device=t.device).scatter_(1, t.long().clamp(0, n_classes-1)[:,None], 1)
+
 # %% ../nbs/04_losses.ipynb #1ceb3686
 def mix_targets(
     targets_a:Tensor, # (n,) class indices of the first photos
@@ -339,20 +373,16 @@ def mix_targets(
 ) -> Tensor: # (n, C) soft targets
     "Soft targets of blended photos"
     a,b = _plain(targets_a),_plain(targets_b)
-    if a.shape != b.shape or a.ndim != 1 or a.is_floating_point() or b.is_floating_point():
-        raise ValueError(f"targets_a, targets_b: {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}, expected class indices (n,) of equal length")
-    lam = torch.as_tensor(lam, dtype=lam.dtype if isinstance(lam, Tensor) and lam.is_floating_point() else torch.float32, device=a.device)
-    if lam.ndim > 1 or (lam.ndim == 1 and len(lam) != len(a)): raise ValueError(f"lam: shape {tuple(lam.shape)}, expected a number or ({len(a)},)")
+    _check_pair(a, b)
+    lam = _mix_shares(lam, a)
     readable = all(type(o) is Tensor and o.device.type == 'cpu' for o in (a, b, lam))
-    if readable and not ((lam >= 0) & (lam <= 1)).all(): raise ValueError(f"lam: {lam.min():.4g} to {lam.max():.4g}, expected between 0 and 1")
     if readable:
+        if _outside(lam).any(): raise ValueError(f"lam: {lam.min():.4g} to {lam.max():.4g}, expected between 0 and 1")
         for t in (a, b): _check_values(t, n_classes)
-    lam = lam.as_subclass(Tensor)
-    hot = lambda t: torch.zeros(len(t), n_classes, dtype=lam.dtype, device=t.device).scatter_(1, t.long().clamp(0, n_classes-1)[:,None], 1)
-    lam = lam.reshape(-1, 1)
-    q = lam*hot(a) + (1-lam)*hot(b)
+    lam = lam.as_subclass(Tensor).reshape(-1, 1)
+    q = lam*_one_hot(a, n_classes, lam.dtype) + (1-lam)*_one_hot(b, n_classes, lam.dtype)
     if readable: return q
-    bad = _bad_rows(a, n_classes) | _bad_rows(b, n_classes) | (~((lam >= 0) & (lam <= 1)))[:,0]
+    bad = _bad_rows(a, n_classes) | _bad_rows(b, n_classes) | _outside(lam)[:,0]
     return torch.where(bad[:,None], torch.full_like(q, torch.nan), q)
 
 # %% ../nbs/04_losses.ipynb #b7b550e6
@@ -414,11 +444,15 @@ class ArcFaceLoss(ClassificationLoss):
         _check(margin=margin, scale=scale)
         self.margin,self.scale = margin,scale
     def _prepare(self, logits, targets):
-        if _plain(targets).ndim > 1: raise ValueError("targets: soft targets (MixUp, CutMix), expected class indices (n,): an angular margin has one true class; use another loss, such as mixup")
+        if _plain(targets).ndim > 1:
+            raise ValueError("targets: soft targets (MixUp, CutMix), expected class indices (n,): "
+                             "an angular margin has one true class; use another loss, such as mixup")
         z,q,bad = super()._prepare(logits, targets)
         off = (z.detach().abs() > 1.02*self.scale).any(1)               # half precision rounds 30 x 1 to a little more
         if bad is not None: return z, q, bad | off
-        if off.any(): raise ValueError(f"logits: up to {z.abs().max():.4g}, expected cosines times {self.scale:g}: the head must be 'arcface' with scale {self.scale:g}")
+        if off.any():
+            raise ValueError(f"logits: up to {z.abs().max():.4g}, expected cosines times {self.scale:g}: "
+                             f"the head must be 'arcface' with scale {self.scale:g}")
         return z, q, None
     def losses(self, logits, q):
         m,s = self.margin,self.scale
@@ -456,7 +490,9 @@ def head_problem(
     "Why the loss cannot be trained with this classifier, or None"
     if loss not in LOSSES: return f"loss: {loss!r}, expected one of {sorted(LOSSES)}"
     want = LOSSES[loss].needs_head
-    if want and head != want: return f"loss: {loss} adds its margin to the cosines of the head {want!r}, but the head is {head!r}; set head to {want}, or take another loss"
+    if want and head != want:
+        return (f"loss: {loss} adds its margin to the cosines of the head {want!r}, but the head is {head!r}; "
+                f"set head to {want}, or take another loss")
 
 # %% ../nbs/04_losses.ipynb #034c8a52
 def make_loss(
@@ -471,12 +507,16 @@ def make_loss(
     "A loss by name, or a ValueError that lists everything that is wrong"
     bad = []
     if name not in LOSSES: bad.append(f"loss: {name!r}, expected one of {sorted(LOSSES)}")
-    if not isinstance(n_classes, (int,np.integer)) or isinstance(n_classes, bool) or n_classes < 2: bad.append(f"n_classes: {n_classes!r}, expected an integer >= 2")
+    if not isinstance(n_classes, (int,np.integer)) or isinstance(n_classes, bool) or n_classes < 2:
+        bad.append(f"n_classes: {n_classes!r}, expected an integer >= 2")
     given = {k: v for k,v in settings.items() if v is not None}
     known = loss_parameters(name) if name in LOSSES else dict.fromkeys(_ranges)
-    for k in sorted(set(given) - set(known)): bad.append(f"{k}: {given[k]!r}, expected no such setting, {name} takes {sorted(known) or 'none'}")
+    for k in sorted(set(given) - set(known)):
+        bad.append(f"{k}: {given[k]!r}, expected no such setting, {name} takes {sorted(known) or 'none'}")
     bad += _problems(**{k: v for k,v in given.items() if k in known})
-    if beta is not None: bad += _problems(beta=beta) + ([] if class_counts is not None else [f"beta: {beta}, expected class_counts with it"])
+    if beta is not None:
+        bad += _problems(beta=beta)
+        if class_counts is None: bad.append(f"beta: {beta}, expected class_counts with it")
     if weight is not None and class_counts is not None: bad.append("weight and class_counts: both given, expected one of them")
     elif not any(b.startswith(('n_classes', 'beta')) for b in bad):
         try:

@@ -269,7 +269,9 @@ def bootstrap_interval(
     "Bootstrap interval of a mean over photos or groups"
     v = np.asarray(values, dtype=np.float64)
     if v.ndim != 1 or len(v) < 2: raise ValueError(f"values: shape {v.shape}, expected (n,) with at least two photos")
-    if not np.isfinite(v).all(): raise ValueError(f"values: NaN or infinity at {int(np.flatnonzero(~np.isfinite(v))[0])}, expected finite numbers")
+    if not np.isfinite(v).all():
+        first = int(np.flatnonzero(~np.isfinite(v))[0])
+        raise ValueError(f"values: NaN or infinity at {first}, expected finite numbers")
     _check_bootstrap(n, level)
     u, k = _units(len(v), groups)
     if k < 2: raise ValueError(f"groups: {k} group, expected at least two")

@@ -20,8 +20,10 @@ _dims = dict(NCHW=(2,3), NHWC=(1,2), NLC=(1,))              # where the location
 def _check_input(x, layout):
     want = len(layout)
     if not isinstance(x, Tensor) or x.ndim != want or not x.is_floating_point():
-        raise ValueError(f"x: {getattr(x, 'dtype', type(x).__name__)} of shape {tuple(getattr(x, 'shape', ()))}, expected floating point {layout}, {want} dimensions")
-    if 0 in [x.shape[d] for d in _dims[layout]]: raise ValueError(f"x: shape {tuple(x.shape)}, expected at least one location in {layout}")
+        kind, shape = getattr(x, 'dtype', type(x).__name__), tuple(getattr(x, 'shape', ()))
+        raise ValueError(f"x: {kind} of shape {shape}, expected floating point {layout}, {want} dimensions")
+    if 0 in [x.shape[d] for d in _dims[layout]]:
+        raise ValueError(f"x: shape {tuple(x.shape)}, expected at least one location in {layout}")
 
 # %% ../nbs/05_pooling.ipynb #5781becd
 def gem(
@@ -38,7 +40,8 @@ def gem(
     dims,channel = _dims[layout], layout.index('C')
     z = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     p = torch.as_tensor(p, dtype=z.dtype, device=z.device).clamp_min(1e-2)
-    if p.numel() not in (1, x.shape[channel]): raise ValueError(f"p: {p.numel()} values, expected 1 or {x.shape[channel]} (the channels of {layout})")
+    if p.numel() not in (1, x.shape[channel]):
+        raise ValueError(f"p: {p.numel()} values, expected 1 or {x.shape[channel]} (the channels of {layout})")
     p = p.reshape([-1 if d == channel else 1 for d in range(x.ndim)])
     n = np.prod([x.shape[d] for d in dims])
     half = lambda v: ((torch.logsumexp(p*v.clamp_min(eps).log(), dims, keepdim=True) - float(np.log(n)))/p).exp()
@@ -57,7 +60,8 @@ class GlobalPool(nn.Module):
         super().__init__()
         if kind not in self.kinds: raise ValueError(f"kind: {kind!r}, expected one of {self.kinds}")
         if layout not in _dims: raise ValueError(f"layout: {layout!r}, expected one of {sorted(_dims)}")
-        if n_prefix < 0 or (n_prefix and layout != 'NLC'): raise ValueError(f"n_prefix: {n_prefix}, expected 0, or a positive number with layout 'NLC' (here {layout!r})")
+        if n_prefix < 0 or (n_prefix and layout != 'NLC'):
+            raise ValueError(f"n_prefix: {n_prefix}, expected 0, or a positive number with layout 'NLC' (here {layout!r})")
         self.pool_type,self.layout,self.flatten,self.n_prefix = kind,layout,flatten,n_prefix
     kinds = ('avg', 'max', 'avgmax')
     def forward(self, x):
@@ -71,7 +75,9 @@ class GlobalPool(nn.Module):
         return (x.mean(d, keepdim=k) + x.amax(d, keepdim=k))/2
     def feat_mult(self): return 1
     def is_identity(self): return False
-    def extra_repr(self): return f"{self.pool_type}, layout={self.layout!r}, flatten={self.flatten}" + (f", n_prefix={self.n_prefix}" if self.n_prefix else '')
+    def extra_repr(self):
+        prefix = f", n_prefix={self.n_prefix}" if self.n_prefix else ''
+        return f"{self.pool_type}, layout={self.layout!r}, flatten={self.flatten}{prefix}"
 
 # %% ../nbs/05_pooling.ipynb #3812ec8b
 class GeM(GlobalPool):
@@ -91,7 +97,8 @@ class GeM(GlobalPool):
         super().__init__('gem', layout, flatten, n_prefix)
         if not p > 0: raise ValueError(f"p: {p}, expected a number > 0")
         if not eps > 0: raise ValueError(f"eps: {eps}, expected a number > 0")
-        if per_channel and not n_channels: raise ValueError(f"n_channels: {n_channels}, expected the number of channels, per_channel needs it")
+        if per_channel and not n_channels:
+            raise ValueError(f"n_channels: {n_channels}, expected the number of channels, per_channel needs it")
         p = torch.full((n_channels if per_channel else 1,), float(p))
         if learnable: self.p = nn.Parameter(p)
         else: self.register_buffer('p', p)
@@ -116,7 +123,8 @@ def _seat(model):
     if isinstance(getattr(model, 'global_pool', None), str) and hasattr(model, 'attn_pool') and hasattr(model, 'num_prefix_tokens'):
         if isinstance(model.attn_pool, GlobalPool) or (model.attn_pool is None and model.global_pool):
             return model, 'attn_pool', dict(layout='NLC', flatten=True)
-        return "it was created without pooling" if model.attn_pool is None else "it pools by attention, which is part of its pretrained weights"
+        if model.attn_pool is None: return "it was created without pooling"
+        return "it pools by attention, which is part of its pretrained weights"
     for owner in (model, getattr(model, 'head', None)):
         old = getattr(owner, 'global_pool', None)
         if isinstance(old, GlobalPool): return owner, 'global_pool', dict(layout=old.layout, flatten=old.flatten)
@@ -129,9 +137,11 @@ def _seat(model):
     return "its pooling is written into its forward pass"
 
 # %% ../nbs/05_pooling.ipynb #05f1a001
-_FLOORED = set('relu relu6 threshold sigmoid hardsigmoid softmax _softmax softplus gelu silu hardswish mish leaky_relu'.split()) # no or few values below zero
-_KEEP_FLOOR = set("""view _unsafe_view reshape flatten permute transpose t contiguous clone copy _to_copy alias detach expand squeeze unsqueeze slice select split split_with_sizes chunk
-    unbind index roll cat stack constant_pad_nd as_strided max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d mean amax dropout native_dropout
+_FLOORED = set("""relu relu6 threshold sigmoid hardsigmoid softmax _softmax softplus gelu silu hardswish mish
+    leaky_relu""".split()) # no or few values below zero
+_KEEP_FLOOR = set("""view _unsafe_view reshape flatten permute transpose t contiguous clone copy _to_copy alias detach expand
+    squeeze unsqueeze slice select split split_with_sizes chunk unbind index roll cat stack constant_pad_nd as_strided
+    max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d mean amax dropout native_dropout
     upsample_nearest2d upsample_bilinear2d add mul""".split()) # of floored tensors make a floored one
 
 # %% ../nbs/05_pooling.ipynb #2e31d589
@@ -142,7 +152,8 @@ class _Floors(TorchDispatchMode):
         op = func.overloadpacket.__name__.rstrip('_')
         from_ = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         floored = op in _FLOORED or op in ('hardtanh', 'clamp', 'clamp_min') and args[1] is not None and args[1] >= 0
-        if op in _KEEP_FLOOR: floored = all(getattr(t, '_floored', False) for t in from_ if t.numel() > 1) # one number for all moves the floor and leaves it
+        if op in _KEEP_FLOOR: # one number for all moves the floor and leaves it
+            floored = all(getattr(t, '_floored', False) for t in from_ if t.numel() > 1)
         for t in tree_leaves(out):
             if isinstance(t, Tensor): t._floored = floored
         return out
@@ -175,7 +186,8 @@ def signed_features(
     finally:
         hook.remove()
         for m,training in modes: m.training = training
-    raise ValueError(f"pooling: the features of {_name(model)} could not be followed ({why}); expected another size, or signed=True or False")
+    raise ValueError(f"pooling: the features of {_name(model)} could not be followed ({why}); "
+                     "expected another size, or signed=True or False")
 
 # %% ../nbs/05_pooling.ipynb #6f021434
 def pooling_choices(
@@ -197,15 +209,18 @@ def replace_pooling(
     "Put another global pooling into a timm model"
     if pooling not in POOLINGS: raise ValueError(f"pooling: {pooling!r}, expected one of {POOLINGS}")
     if pooling == 'native':
-        if any(isinstance(m, GlobalPool) for m in model.modules()): raise ValueError(f"pooling: 'native', but the pooling of {_name(model)} was replaced before; create the model anew")
+        if any(isinstance(m, GlobalPool) for m in model.modules()):
+            raise ValueError(f"pooling: 'native', but the pooling of {_name(model)} was replaced before; create the model anew")
         return model
     seat = _seat(model)
     if isinstance(seat, str): raise ValueError(f"pooling: {pooling!r} for {_name(model)}, {seat}; expected 'native'")
     owner,attr,kw = seat
-    widened = [m.out_channels for m in getattr(owner, 'in_conv', nn.Identity()).modules() if isinstance(m, nn.Conv2d)] # a convolution between body and pooling
+    between = getattr(owner, 'in_conv', nn.Identity()).modules()                            # a convolution between body and pooling
+    widened = [m.out_channels for m in between if isinstance(m, nn.Conv2d)]
     if pooling.startswith('gem'):
         if signed is None: signed = signed_features(model, size)
-        new = GeM(p, learnable=learnable, per_channel=per_channel or pooling == 'gem_channel', n_channels=(widened or [model.num_features])[-1], signed=signed, **kw)
+        n_channels = (widened or [model.num_features])[-1]
+        new = GeM(p, learnable=learnable, per_channel=per_channel or pooling == 'gem_channel', n_channels=n_channels, signed=signed, **kw)
     else: new = GlobalPool(pooling, **kw)
     weight = next(model.parameters())
     setattr(owner, attr, new.to(weight.device).train(model.training))

@@ -38,7 +38,7 @@ def person_class(
     return ('mask', 'incorrect', 'normal').index(state)*6 + ('male', 'female').index(person.gender)*3 + band
 
 # %% ../../nbs/01g_demo.persons.ipynb #0499b24b
-def _write_photo(path, img):
+def _write_face(path, img):
     "A JPEG, in a folder that is made when it is missing"
     path.parent.mkdir(parents=True, exist_ok=True)
     jpeg = cv2.imencode('.jpg', img[...,::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
@@ -63,10 +63,10 @@ def make_persons(
         rng, who = np.random.default_rng([seed, k]), Person(k)
         def draw(state): return draw_face(rng, who.gender, who.age, state, size)
         if k < n:
-            for photo,state in FACE_PHOTOS.items(): _write_photo(where/f'train/{who.folder}/{photo}.jpg', draw(state))
+            for photo,state in FACE_PHOTOS.items(): _write_face(where/f'train/{who.folder}/{photo}.jpg', draw(state))
         else:
             state = ('mask', 'incorrect', 'normal')[k%3]
-            _write_photo(where/f'test/{who.name}.jpg', draw(state))
+            _write_face(where/f'test/{who.name}.jpg', draw(state))
             answers[f'{who.name}.jpg'] = person_class(who, state)
     _write_answers(where/'sample_submission.csv', dict.fromkeys(answers, 0))
     _write_answers(where/'solution.csv', answers)
