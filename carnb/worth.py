@@ -79,6 +79,7 @@ def worth_lines(
     best = min(models, key=lambda k: models[k][3]['identity'].mean())
     ids, loss, right, losses = models[best]
     each, views = view_gains(list(models.values()))
+    together = e['scores'].get('choice', e['scores']['nested'])
     return [
         f'Out of fold, {len(ids)} photos: log loss (lower is better), and the difference with its 95 % interval.',
         _row(f'the best model alone, {best}', loss, f'{right:.0%} right'),
@@ -86,7 +87,7 @@ def worth_lines(
         _row(f'a model by itself, on average over all ({len(models)})', each, ''),
         *[_row(f'  and {VIEW_WORDS.get(v, v)}, the mean of both', l, signed(*d)) for v,(l,d) in views.items()],
         _row('the best model and its views, both chosen on other photos', e['best_single']['score'], ''),
-        _row(f'the ensemble ({e["combination"]}) against the line above', e['scores'].get('choice', e['scores']['nested']), signed(**e['difference']))]
+        _row(f'the ensemble ({e["combination"]}) against the line above', together, signed(**e['difference']))]
 
 # %% ../nbs/16d_worth.ipynb #eb75b654
 def answer_lines(
