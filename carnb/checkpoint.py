@@ -10,7 +10,7 @@ __all__ = ['MAGIC', 'SUFFIX', 'DIGEST', 'DAMAGES', 'config_differences', 'Damage
            'changed_settings', 'disk_message', 'left_over', 'run_lock']
 
 # %% ../nbs/07_checkpoint.ipynb #7e7622e8
-from .params import NOT_IN_HASH  # before torch: see OMP_WAIT_POLICY there
+from .params import HASHED_WHEN_SET, NOT_IN_HASH  # before torch: see OMP_WAIT_POLICY there
 from .core import atomic_path, CarnbError, ConfigError, read_json, write_json
 import contextlib, hashlib, io, json, random, struct, time
 from pathlib import Path
@@ -320,7 +320,8 @@ def changed_settings(
 )->list[str]: # 'name: saved, now'
     "Settings that differ and matter"
     a, b = (json.loads(json.dumps(plain_values(o), default=str)) for o in (saved, now))
-    names = [k for k in sorted({*a, *b}) if k not in ignore and a.get(k) != b.get(k)]
+    young = {k for k in HASHED_WHEN_SET if not a.get(k) and not b.get(k)} # not there, or empty
+    names = [k for k in sorted({*a, *b}) if k not in ignore and k not in young and a.get(k) != b.get(k)]
     return [f'{k}: {a.get(k)!r} in the checkpoint, {b.get(k)!r} now' for k in names]
 
 # %% ../nbs/07_checkpoint.ipynb #5b0d0025
