@@ -34,8 +34,7 @@ from .training.callbacks import ProgressiveResize, SetEpoch, StopAfter, StopWith
 from .metrics import METRICS, softmax
 from .problems import Problem
 from .receipts.runs import TEXT_PROBLEM
-from .settings import loss_of, validates
-from .tasks import TASKS
+from .settings import kind_of, loss_of, validates
 from .pictures import PredictionGrid
 
 # %% ../nbs/09f_learner.ipynb #cff0a48d
@@ -158,8 +157,7 @@ def problem_of(
     cfg, # of a run
 )->Problem:
     "The record that a run's task belongs to; of runs whose task nobody knows: classes"
-    task = TASKS.get(cfg.get('task'))
-    return PROBLEMS[task.kind if task else 'classes']
+    return PROBLEMS[kind_of(cfg.get('task'))]
 
 # %% ../nbs/09f_learner.ipynb #e5ca8713
 def build_learner(

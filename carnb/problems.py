@@ -18,7 +18,6 @@ class Choices:
     loss_numbers: Callable # name of a loss -> names of its numbers
     augmentation: Callable # whose keyword arguments `augmentation` holds
     multiple: Callable # timm name -> pixels: both sides of the canvas are multiples of it
-    contradictions: tuple # resolved configuration -> list of sentences, each
     options: dict = field(default_factory=dict) # further mappings among the parameters: name -> option -> a value of its type
 
 # %% ../nbs/08b_problems.ipynb #pr0008
