@@ -36,6 +36,7 @@ TASK_LAYERS = dict(
     masks=dict(RECIPE, loss='soft_f1_cross_entropy', fit='crop', augmentation=dict(min_scale=.6, color=.1, hue=0.)),
     receipts=dict(
         epochs=22, schedule='cosine', schedule_options=dict(eta_min=1e-6), warmup=.05, ema=.99, grad_clip=0., loss='db',
+        head_lr_mult=5., # decoder and head are new: at the body's own rate they are not there after some hundred steps
         fit='pad', aspect='auto', augmentation=dict(zoom=1.25, rotate=5., color=.2),
         detector=dict(decoder='unet', width=64), decode=dict(thresh=.3, box_thresh=.5)))
 
