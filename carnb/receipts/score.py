@@ -117,7 +117,7 @@ def _middle_line(p, downwards):
     top, bottom = p[:k], p[k:][::-1]
     return (top + bottom[:k])/2
 
-# %% ../../nbs/09l_receipts.score.ipynb #1bef6433
+# %% ../../nbs/09l_receipts.score.ipynb #4c0fa7d6
 def letters(
     polygons, # each (n, 2)
     rules:ClevalRules=ClevalRules(), # numbers
@@ -128,6 +128,10 @@ def letters(
     out = []
     for p,n,d in zip(polygons, counts, down):
         m = _middle_line(p, d and len(p) == 4)
+        if len(m) == 2:
+            step = (m[1] - m[0])/n
+            out.append(m[0] + step/2 + step*np.arange(n)[:,None])
+            continue
         at = np.arange(n + 1)/n*(len(m) - 1)                                        # where letters begin and end, in corners
         ends = np.stack([np.interp(at, np.arange(len(m)), m[:,k]) for k in (0, 1)], 1)
         out.append((ends[1:] + ends[:-1])/2)
