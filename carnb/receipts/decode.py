@@ -118,19 +118,20 @@ def grown_rectangles(
     corners = np.stack([-u-v, u-v, u+v, v-u], 1) + middle[:,None] + .5               # from middles of pixels to coordinates
     return corners, size.min(1)
 
-# %% ../../nbs/09m_receipts.decode.ipynb #bcba0b74
+# %% ../../nbs/09m_receipts.decode.ipynb #4a3a109a
 def grown_polygon(
     outline, # (n, 2) int32
     pixels:int, # how many it holds
     unclip, # 'exact' or a ratio
     shrink:float=SHRINK, # ratio of the targets
-)->np.ndarray|None: # (m, 2); None: nothing that has an area
+)->np.ndarray|None: # (m, 2); None: too thin to have a border of its own
     "A word along its border"
     thickness = min(cv2.minAreaRect(outline)[1]) + 1
     p = cv2.approxPolyDP(outline, min(1., .3*thickness), True)[:,0] + .5
+    if len(p) < 3 or not area(p): return None
     around = perimeter(p)
     margin = (np.sqrt(max(0., around**2 - 16*(area(p) - pixels))) - around)/8
-    parts = offset(p if len(p) > 2 else cv2.boxPoints(cv2.minAreaRect(outline)) + .5, np.clip(margin, .01, .5))
+    parts = offset(p, np.clip(margin, .01, .5))
     if not parts: return None
     kernel = max(parts, key=area)
     if unclip == 'exact': grown = unclip_exact(kernel, shrink, tolerance=.1, steps=3)
@@ -143,7 +144,7 @@ class Words(NamedTuple):
     polygons: list # each (n, 2) in pixels of the photo, in order
     scores: np.ndarray # (n,) mean probability
 
-# %% ../../nbs/09m_receipts.decode.ipynb #1cffa0b7
+# %% ../../nbs/09m_receipts.decode.ipynb #e4d3f430
 def decode(
     prob, # (h, w) probabilities or bytes on the network's canvas; a map smaller than the canvas is of a part of its resolution
     fit:Fit, # how the page lies on the canvas
@@ -164,8 +165,9 @@ def decode(
     large = side*step >= s.min_size
     if s.shape == 'quad': grown = list(corners)
     else: grown = [grown_polygon(o, n, s.unclip, s.shrink) if l else None for o,n,l in zip(found, pixels, large)]
-    order = [k for k in np.argsort(-scores, kind='stable') if large[k] and grown[k] is not None and len(grown[k]) > 2]
-    polygons = [in_order(fit.to_photo(grown[k]*step).clip(0, fit.size)) for k in order]
+    words = [c if g is None or len(g) < 3 else g for g,c in zip(grown, corners)] # the thinnest are rectangles in any case
+    order = [k for k in np.argsort(-scores, kind='stable') if large[k]]
+    polygons = [in_order(fit.to_photo(words[k]*step).clip(0, fit.size)) for k in order]
     return Words(polygons, scores[order])
 
 # %% ../../nbs/09m_receipts.decode.ipynb #f15f7c0a
