@@ -201,7 +201,7 @@ def _excess(p, d, ratio, join):
     grown = max(offset(p, d, join), key=area)
     return grown, shrink_distance(grown, ratio) - d
 
-# %% ../../nbs/08d_receipts.geometry.ipynb #68e9f71c
+# %% ../../nbs/08d_receipts.geometry.ipynb #da21f18f
 def unclip_exact(
     p, # (n, 2) kernel
     ratio:float=SHRINK, # with which it was shrunk
@@ -210,6 +210,7 @@ def unclip_exact(
     steps:int=8, # at most so many corrections
 )->np.ndarray: # (m, 2)
     "The word whose kernel this is: shrinking it gives `p` back"
+    if not area(p): raise ValueError(f'p: {len(p)} corners without area, expected a kernel')
     d = root(area(p), perimeter(p), max(math.pi, corner_sum(p)) if join == 'mitre' else math.pi, ratio)
     grown, e = _excess(p, d, ratio, join)
     before = None
@@ -227,14 +228,17 @@ def to_quad(
     "The smallest rectangle around a polygon"
     return in_order(cv2.boxPoints(cv2.minAreaRect(np.asarray(p, dtype=np.float32))).astype(np.float64))
 
-# %% ../../nbs/08d_receipts.geometry.ipynb #fff22299
+# %% ../../nbs/08d_receipts.geometry.ipynb #15363e6a
 def shapes(
     polygons, # each (n, 2)
 )->np.ndarray: # (len,) of shapely polygons, all valid
     "Polygons for shapely"
     if not len(polygons): return np.empty(0, dtype=object)
-    counts = [len(p) for p in polygons]
-    rings = shapely.linearrings(np.concatenate(polygons), indices=np.repeat(np.arange(len(counts)), counts))
+    counts = np.array([len(p) for p in polygons])
+    corners, which = np.concatenate(polygons), np.repeat(np.arange(len(counts)), counts)
+    broken = sorted({*np.flatnonzero(counts < 3).tolist(), *which[~np.isfinite(corners).all(1)].tolist()})
+    if broken: raise ValueError(f'polygons: {broken[:5]} of {len(counts)} (counted from 0), expected 3 or more corners, all finite')
+    rings = shapely.linearrings(corners, indices=which)
     out = shapely.polygons(rings)
     bad = ~shapely.is_valid(out)
     if bad.any(): out[bad] = shapely.make_valid(out[bad])
