@@ -96,16 +96,19 @@ def make_dls(
     preprocess=None, # hook after decoding, see above
     cache_dir=None, # folder of the cache of decoded photos; None: no cache
     cache_bytes:int=20_000_000_000, # its bound
+    dataset=PhotoDataset, # what makes the items' data set, such as one whose targets are maps
+    tfms=None, # (training, validation) pipelines; None: those of `augmentation`
 )->PhotoLoaders:
     "Training and validation loaders on `device`"
     if balance and weights is not None: raise ConfigError('weights, balance: both given; expected one of them')
     aug = dict(augmentation or {})
-    tfms = train_transform(size, fit, **aug), valid_transform(size, fit, aug.get('fill', 128))
-    how = dict(seed=seed, min_size=decode_size(size, aug.get('min_scale', .5)), preprocess=preprocess)
+    min_size = decode_size(size, aug.get('min_scale', .5)) if tfms is None else None # pipelines of others see the whole photo
+    if tfms is None: tfms = train_transform(size, fit, **aug), valid_transform(size, fit, aug.get('fill', 128))
+    how = dict(seed=seed, min_size=min_size, preprocess=preprocess)
     cache = dict(cache_dir=cache_dir, cache_bytes=cache_bytes)
     scored = 'target' if 'target' in valid else 'label'
-    learn = PhotoDataset(train, data_dir, classes, tfms, 0, 'label', **how, **cache)
-    score = PhotoDataset(valid, data_dir, classes, tfms, 1, scored, **how, **cache)
+    learn = dataset(train, data_dir, classes, tfms, 0, 'label', **how, **cache)
+    score = dataset(valid, data_dir, classes, tfms, 1, scored, **how, **cache)
     if balance: weights = balanced_weights(learn.targets, balance)
     def loader(ds, **kw):
         after = [NormalizeBytes.from_stats(*stats, cuda=False)]

@@ -59,6 +59,7 @@ def apply_preprocess(
 class PhotoDataset(torch.utils.data.Dataset):
     "Items table -> (uint8 image (h, w, 3), class index); as much of fastai's `Datasets` as a `Learner` asks for"
     n_inp = 1
+    target_type = TensorCategory # of a batch
     def __init__(self,
         items:pd.DataFrame, # needs `id`, `path` and, for training, `label` (or `target`)
         data_dir, # paths are relative to it
@@ -95,9 +96,14 @@ class PhotoDataset(torch.utils.data.Dataset):
     def fetch(self, epoch, i):
         "Item `i` as it is seen in `epoch`"
         return augment(self.tfms[self.split_idx], self.read(i), self.seed, epoch, self.keys[i]), self.targets[i]
+    @staticmethod
+    def stack(targets):
+        "The targets of a batch in one tensor"
+        return torch.from_numpy(np.array(targets, dtype='i8'))
+    def as_target(self, y): return self.target_type(int(y))
     def __getitem__(self, i):
         x,y = self.fetch(0, i)
-        return TensorImage(torch.from_numpy(np.ascontiguousarray(x)).permute(2, 0, 1)), TensorCategory(int(y))
+        return TensorImage(torch.from_numpy(np.ascontiguousarray(x)).permute(2, 0, 1)), self.as_target(y)
     def decode(self, o, full=True): return (o[0], *[Label(self.vocab[int(y)]) for y in o[1:]])
     @contextlib.contextmanager
     def set_split_idx(self, i):

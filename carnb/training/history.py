@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'LAST_COLUMNS', 'LINE', 'Progress', 'hits', 'EpochSums', 'overfits', 'overfits_since', 'save_weights',
-           'save_oof', 'History']
+           'save_oof', 'Classes', 'History']
 
 # %% ../../nbs/07d_training.history.ipynb #7d000002
 from ..core import atomic_path, CarnbError, save_npz, write_csv  # before torch: see OMP_WAIT_POLICY there
@@ -53,11 +53,11 @@ class EpochSums:
     ):
         self.seen,self.weight,self.seconds = 0,0,0. # photos, and what their loss was divided by
         self.hits,self.loss = torch.zeros((), dtype=torch.long, device=device),torch.zeros((), device=device)
-    def add(self, loss, pred, targets, weight):
+    def add(self, loss, pred, targets, weight, hits=hits):
         self.seen += len(targets)
         self.weight = self.weight + weight
         self.loss = self.loss + loss.detach().float()*weight
-        self.hits = self.hits + hits(pred.detach(), targets)
+        if hits: self.hits = self.hits + hits(pred.detach(), targets)
     def mark(self): self.before = self.seen, self.weight, self.hits, self.loss
     def undo(self): self.seen, self.weight, self.hits, self.loss = self.before
     def state(self): return dict(seen=self.seen, weight=self.weight, hits=self.hits.cpu(), sum=self.loss.cpu(), seconds=self.seconds)
@@ -109,28 +109,56 @@ def save_oof(
     classes = np.array(vocab if vocab is not None else range(logits.shape[1])).astype(str)
     save_npz(path, ids=ids, classes=classes, logits=logits, targets=targets)
 
+# %% ../../nbs/07d_training.history.ipynb #7d00a002
+class Classes:
+    "Scores of logits; they are the out-of-fold predictions"
+    file = 'oof.npz'
+    second = 'val_acc' # the column that is shown beside the score
+    hits = staticmethod(hits) # what is counted of training batches; None: nothing
+    def __init__(self,
+        metric:str, # scored metric
+    ): self.scored = METRICS[metric]
+    def begin(self): self.logits,self.targets = [],[]
+    def add(self, pred, y, loss_func):
+        "Logits whose softmax is the loss's: the tempered softmax of a bi-tempered loss included"
+        log_probs = getattr(loss_func, 'log_probs', None)
+        self.logits.append((log_probs(pred) if log_probs else pred).cpu())
+        self.targets.append(y.cpu())
+    def lost(self)->tuple: # photos that are NaN, photos
+        "Called once after the last batch"
+        self.logits, self.targets = torch.cat(self.logits).numpy(), torch.cat(self.targets).numpy()
+        return int(np.isnan(self.logits).any(1).sum()), len(self.logits)
+    def columns(self, dl)->dict: # of the row; the scored metric's among them
+        probs = softmax(self.logits.astype('f8'))
+        scores = {f'val_{k}': float(METRICS[k](probs, self.targets)) for k in dict.fromkeys([self.scored.name, 'log_loss'])}
+        return scores | dict(val_acc=accuracy(probs, self.targets))
+    def save(self, folder, dl): save_oof(folder/self.file, dl, self.logits, self.targets)
+
 # %% ../../nbs/07d_training.history.ipynb #7d000014
 COLUMNS = ('epoch', 'lr', 'train_loss', 'val_loss') # the scores of the validation follow, and then
 LAST_COLUMNS = ('train_acc', 'val_acc', 'gap', 'epoch_time', 'images_s', 'memory_gb')
-LINE = '{epoch:>5} {train_loss:>10.4f} {val_loss:>9.4f} {score:>9.4f} {val_acc:>8.1%} {epoch_time:>7.1f}s {images_s:>8.0f}'
+LINE = '{epoch:>5} {train_loss:>10.4f} {val_loss:>9.4f} {score:>9.4f} {second:>8.1%} {epoch_time:>7.1f}s {images_s:>8.0f}'
 
 # %% ../../nbs/07d_training.history.ipynb #39c0aaa0
 class History(Callback):
-    "A row per epoch in `history.csv`; keeps the best epoch's weights and validation logits"
+    "A row per epoch in `history.csv`; keeps the best epoch's weights and validation predictions"
     order = 65 # after EMA, before a callback that ends the fit
     def __init__(self,
         folder, # where files go
         metric:str, # scored metric
         cfg, # arch, loss and lr are named in files and messages
+        valid=None, # what is made of validation predictions; None: `Classes`
     ):
-        self.folder,self.scored,self.cfg = folder,METRICS[metric],cfg # `run` is fastai's switch of a callback
+        self.valid = Classes(metric) if valid is None else valid
+        self.folder,self.scored,self.cfg = folder,self.valid.scored,cfg # `run` is fastai's switch of a callback
         self.rows,self.best,self.overfit,self.partial,self.in_epoch = [],None,None,None,False
     def before_fit(self):
         self.run = is_fit(self.learn)
-        if self.run: print(f'epoch train_loss  val_loss {self.scored.name:>9}  val_acc     time images/s', flush=True)
+        if self.run: print(f'epoch train_loss  val_loss {self.scored.name:>9} {self.valid.second:>8}     time images/s', flush=True)
     def before_epoch(self):
         self.sums, self.in_epoch = EpochSums(device_of(self.learn)), True
-        self.logits,self.targets,self.val_sum,self.val_weight = [],[],0.,0.
+        self.valid.begin()
+        self.val_sum,self.val_weight = 0.,0.
         if self.partial: self.sums.restore(self.partial) # the epoch goes on where it was interrupted
         self.partial = None
     def before_train(self): self.t_train = time.perf_counter()
@@ -141,13 +169,11 @@ class History(Callback):
     def after_loss(self):
         y = self.yb[0]
         if not self.training: return self.add_valid(self.pred.detach().float(), y)
-        self.sums.add(self.learn.loss, self.pred, y, loss_divisor(self.loss_func, y))
+        self.sums.add(self.learn.loss, self.pred, y, loss_divisor(self.loss_func, y), self.valid.hits)
         if self.iter % 20 == 0: self.check_loss()
     def add_valid(self, pred, y):
-        "Logits whose softmax is the loss's: the tempered softmax of a bi-tempered loss included"
-        log_probs, weight = getattr(self.loss_func, 'log_probs', None), float(loss_divisor(self.loss_func, y))
-        self.logits.append((log_probs(pred) if log_probs else pred).cpu())
-        self.targets.append(y.cpu())
+        weight = float(loss_divisor(self.loss_func, y))
+        self.valid.add(pred, y, self.loss_func)
         self.val_sum += float(self.learn.loss)*weight
         self.val_weight += weight
     def check_loss(self):
@@ -159,13 +185,12 @@ class History(Callback):
         self.check_loss()
     def after_epoch(self):
         self.in_epoch, score = False, float('nan')
-        row, logits, targets = self.train_columns(), None, None
-        if self.logits: # without validation photos (fold=all) the last epoch is kept
-            logits, targets = torch.cat(self.logits).numpy(), torch.cat(self.targets).numpy()
-            row |= self.valid_columns(logits, targets, row['train_loss'])
+        row, validated = self.train_columns(), self.val_weight > 0
+        if validated: # without validation photos (fold=all) the last epoch is kept
+            row |= self.valid_columns(row['train_loss'])
             score = row[f'val_{self.scored.name}']
         self.write(row)
-        self.keep_best(score, logits, targets)
+        self.keep_best(score, validated)
         self.say(self.rows[-1], score)
     def state(self):
         "The epoch that is half done counts with the seconds until now"
@@ -179,20 +204,20 @@ class History(Callback):
 def train_columns(self:History)->dict:
     "What is known of an epoch without its validation photos"
     sums = self.sums
-    return dict(
+    right = dict(train_acc=float(sums.hits)/max(1, sums.seen)) if self.valid.hits else {}
+    return right | dict(
         epoch=self.epoch+1, lr=self.opt.hypers[-1]['lr'], train_loss=float(sums.loss)/float(sums.weight or 1),
-        train_acc=float(sums.hits)/max(1, sums.seen), epoch_time=sums.seconds + time.perf_counter()-self.t_valid,
+        epoch_time=sums.seconds + time.perf_counter()-self.t_valid,
         images_s=sums.seen/max(sums.seconds, 1e-9), memory_gb=peak_memory(device_of(self.learn)))
 
 # %% ../../nbs/07d_training.history.ipynb #7d000017
 @patch
-def valid_columns(self:History, logits, targets, train_loss)->dict:
+def valid_columns(self:History, train_loss)->dict:
     "What the validation photos say of an epoch"
-    if lost := int(np.isnan(logits).any(1).sum()):
-        self.stop(f'the network says NaN for {lost} of {len(logits)} validation photos after epoch {self.epoch+1}')
-    probs, val_loss = softmax(logits.astype('f8')), self.val_sum/self.val_weight
-    scores = {f'val_{k}': float(METRICS[k](probs, targets)) for k in dict.fromkeys([self.scored.name, 'log_loss'])}
-    return dict(val_loss=val_loss) | scores | dict(val_acc=accuracy(probs, targets), gap=val_loss-train_loss)
+    lost, n = self.valid.lost()
+    if lost: self.stop(f'the network says NaN for {lost} of {n} validation photos after epoch {self.epoch+1}')
+    val_loss = self.val_sum/self.val_weight
+    return dict(val_loss=val_loss) | self.valid.columns(self.dls.valid) | dict(gap=val_loss-train_loss)
 
 # %% ../../nbs/07d_training.history.ipynb #7d000018
 @patch
@@ -204,21 +229,21 @@ def write(self:History, row:dict):
 
 # %% ../../nbs/07d_training.history.ipynb #7d000020
 @patch
-def keep_best(self:History, score, logits, targets):
+def keep_best(self:History, score, validated):
     "Keep this epoch when nothing is better"
     best = self.best
-    if logits is not None and best is not None and math.isfinite(best['score']) and not self.scored.better(score, best['score']): return
+    if validated and best is not None and math.isfinite(best['score']) and not self.scored.better(score, best['score']): return
     self.best = dict(epoch=self.epoch+1, score=score)
     model = self.learn.ema.average.module if hasattr(self.learn, 'ema') else self.model
     about = dict(arch=self.cfg.timm_arch, epoch=self.epoch+1, metric=self.scored.name, score=score)
     save_weights(self.folder/'weights.safetensors', model, about)
-    if logits is not None: save_oof(self.folder/'oof.npz', self.dls.valid, logits, targets)
+    if validated: self.valid.save(self.folder, self.dls.valid)
 
 # %% ../../nbs/07d_training.history.ipynb #7d000021
 @patch
 def say(self:History, row:dict, score:float):
     "A line per epoch; over-fitting is said once"
-    shown = dict(val_loss=float('nan'), val_acc=float('nan')) | row
+    shown = dict(val_loss=float('nan')) | row | dict(second=row.get(self.valid.second, float('nan')))
     tqdm.write(LINE.format(score=score, **shown) + ('  best' if self.best['epoch'] == row['epoch'] else ''))
     if 'val_loss' not in row or self.overfit is not None: return
     self.overfit = overfits_since(self.rows)
