@@ -22,14 +22,14 @@ class Score(NamedTuple):
     precision: float # share of what was claimed that is text
     recall: float # share of the text that was found
 
-# %% ../../nbs/09l_receipts.score.ipynb #151a9ff5
+# %% ../../nbs/09l_receipts.score.ipynb #65c25a90
 def score_of(
     precision:float, # 0 to 1
     recall:float, # 0 to 1
 )->Score:
     "Both and their harmonic mean"
     both = precision + recall
-    return Score(2*precision*recall/both if both else 0., float(precision), float(recall))
+    return Score(float(2*precision*recall/both) if both else 0., float(precision), float(recall))
 
 # %% ../../nbs/09l_receipts.score.ipynb #1ef566c1
 def iou_pairs(
