@@ -6,14 +6,15 @@
 __all__ = ['SHAPES', 'Decoding', 'decoding_problems', 'as_bytes', 'outlines', 'measure', 'kernel_margin', 'grown_rectangles',
            'grown_polygon', 'Words', 'decode', 'grid_of', 'setting_counts', 'Search', 'choose_nested', 'search']
 
-# %% ../../nbs/09m_receipts.decode.ipynb #20cc8795
+# %% ../../nbs/09m_receipts.decode.ipynb #507196ea
 import itertools
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 import cv2, numpy as np, pandas as pd
 from ..core import ConfigError, raise_problems
 from ..metrics import Interval
-from .geometry import SHRINK, Fit, area, in_order, offset, perimeter, root, unclip_exact
+from .geometry import Fit, area, in_order, perimeter
+from .kernels import SHRINK, offset, root, unclip_exact
 from .score import DETECTION_METRICS, Score
 
 # %% ../../nbs/09m_receipts.decode.ipynb #af9e6300
@@ -220,7 +221,7 @@ def choose_nested(
     chosen = {f: total(folds != f) for f in sorted(set(folds.tolist()))}
     return total(folds == folds), chosen, np.array([counts[chosen[f], i] for i,f in enumerate(folds.tolist())])
 
-# %% ../../nbs/09m_receipts.decode.ipynb #dd00f02e
+# %% ../../nbs/09m_receipts.decode.ipynb #6b1475e0
 def search(
     maps:dict, # photo -> map
     fits:dict, # photo -> Fit
@@ -240,4 +241,5 @@ def search(
     table = pd.DataFrame(rows)
     varies = [k for k in asdict(settings[0]) if table[k].astype(str).nunique() > 1]
     table = table[[*varies, *Score._fields]].sort_values('hmean', ascending=False, kind='stable', ignore_index=True)
-    return Search(settings[best], m.total(counts[best]), m.total(nested), m.interval(nested), {f: settings[k] for f,k in chosen.items()}, table)
+    by_fold = {f: settings[k] for f,k in chosen.items()}
+    return Search(settings[best], m.total(counts[best]), m.total(nested), m.interval(nested), by_fold, table)

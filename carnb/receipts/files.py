@@ -6,8 +6,8 @@
 __all__ = ['PREDICTION_FAULTS', 'number_text', 'polygons_text', 'predictions_csv', 'predictions_json', 'write_predictions',
            'Fault', 'parse_csv', 'parse_json', 'parse_predictions', 'read_predictions', 'prediction_faults']
 
-# %% ../../nbs/09o_receipts.files.ipynb #80bed6ab
-import csv, io, math
+# %% ../../nbs/09o_receipts.files.ipynb #6143deee
+import csv, io
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np

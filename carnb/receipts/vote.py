@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Group', 'group_boxes', 'mean_polygon', 'vote']
 
-# %% ../../nbs/09n_receipts.vote.ipynb #b50d4cc8
+# %% ../../nbs/09n_receipts.vote.ipynb #78f94af9
 from typing import NamedTuple
 import numpy as np
 from ..core import ConfigError
-from .geometry import area, beside, in_order, overlaps, shapes
+from .geometry import beside, in_order, overlaps, shapes
 
 # %% ../../nbs/09n_receipts.vote.ipynb #9a5c486a
 class Group(NamedTuple):
