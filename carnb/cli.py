@@ -217,7 +217,7 @@ def demo(
     t0, root = time.perf_counter(), runs_dir()/'demo'
     print('carnb demo: a small competition is drawn, and the whole road is walked on it; 5 to 10 minutes on two quiet cores.')
     print(f'Everything goes to {os.path.relpath(root)}; what is done is not done again.', flush=True)
-    from carnb.demo import make_demo
+    from carnb.demo.folder import make_demo
     make_demo(runs_dir()/'demo_data')
     for i,(stage,words) in enumerate(DEMO_STEPS.items(), 1):
         print(f'\n== {i}/{len(DEMO_STEPS)} carnb {stage} == {words}', flush=True)

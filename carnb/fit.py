@@ -26,7 +26,7 @@ from .disk import disk_errors, run_lock
 from .tasks import get_task, read_data
 from .training.resume import fit_from
 from .settings import resolve, train_config, validates
-from .learner import build_learner
+from .learner import build_learner, problem_of
 
 # %% ../nbs/09g_fit.ipynb #0f17a0df
 def epochs_of(
@@ -209,7 +209,8 @@ def files_of(
     cfg, # resolved configuration
 )->tuple: # names of files
     "What only training can make anew"
-    return ('metrics.json', 'weights.safetensors', 'oof.npz') if validates(cfg) else ('metrics.json', 'weights.safetensors')
+    files = 'metrics.json', 'weights.safetensors'
+    return (*files, problem_of(cfg).file) if validates(cfg) else files
 
 # %% ../nbs/09g_fit.ipynb #fi0032
 def finished(

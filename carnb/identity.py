@@ -46,7 +46,7 @@ def data_record(
     used = merges_in_use(comp.data_dir, merges)
     def text(values): return np.array(list(values), dtype=str) if len(values) else np.array([], 'U1')
     return AttrDict(
-        ids=text(t.id), labels=text(t.label), targets=text(t.target), groups=text(t.group),
+        ids=text(t.id), labels=text(t.label if 'truth' not in t else t.label + ' ' + t.truth), targets=text(t.target), groups=text(t.group),
         folds=t.fold.to_numpy('i8'), photos=text([photos[p] for p in t.path]),
         classes=text(comp.classes), merged=text(list(used)), merged_into=text(list(used.values())),
     )

@@ -182,6 +182,8 @@ FILE_KINDS = {
         | _fields(False, val_acc='score', val_loss='score'))),
     'oof.npz': FileKind(load_npz, (
         _photo | dict(logits=Field('logits', ('n', 'C'))) | _targets), (targets_in_classes, classes_of_run, ids_of_run)),
+    'oof_maps.npz': FileKind(load_npz, (
+        dict(ids=Field('ids', ('n',)), sizes=Field('index', ('n', 'sides')), maps=Field('index', ('n', 'h', 'w')))), (ids_of_run,)),
     'oof_tta.npz': FileKind(load_npz, (
         _photo | _views | _targets | _seen), (targets_in_classes, classes_of_run, ids_of_run), PREDICT_AGAIN),
     'test.npz': FileKind(load_npz, _photo | _views | _seen, (classes_of_run,), PREDICT_AGAIN),

@@ -20,7 +20,8 @@ from .text import use_korean_font
 from .data.items import Competition
 from .data.merges import read_merges
 from .data.tables import Template
-from .ensemble.files import disk_errors, read_ensemble, stale_inputs
+from .disk import disk_errors
+from .ensemble.files import read_ensemble, stale_inputs
 from .ensemble.words import counted, some_of
 from .gate.findings import check_submission, Finding, GATE, vocabulary_findings
 from .gate.logbook import archive_path, archived, archived_numbers, earlier_findings, LOG_COLUMNS, log_problems, record_submission

@@ -14,7 +14,7 @@ from ..core import runs_dir
 from ..data.duplicates import duplicate_pairs, group_items
 from ..data.faults import check_photos
 from ..data.items import Competition, read_class_folders
-from ..demo import make_demo
+from ..demo.folder import make_demo
 
 # %% ../../nbs/01w_eda.examples.ipynb #9173ee3e
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,8 @@ from .blend import Blend, DEFAULT_METHODS, fit_blend, log_blend, METHODS, refine
 from .choice import choose, chosen_row, combinations_table, given_weights, leaders, nested_choice
 from .choice import no_better_than_guessing, top_models, views_asked_for, views_hint
 from .csvs import read_csv_member, submission_names
-from .files import array_stamp, disk_errors, inputs_of, NEEDED, read_ensemble, RESULT_FILES, result_problems
+from .files import array_stamp, inputs_of, NEEDED, read_ensemble, RESULT_FILES, result_problems
+from ..disk import disk_errors
 from .files import stale_inputs, summary_problems, write_ensemble
 from .lineup import checked_head, checked_heads, class_problems, common_folds, finished_models, fold_table, labels_of
 from .lineup import lined_up, load_models, photo_problems, shared_views, target_problems, test_problems, view_problems

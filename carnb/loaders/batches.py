@@ -12,7 +12,7 @@ import cv2, numpy as np, torch
 from fastai.data.core import TfmdDL
 from fastai.data.transforms import Normalize
 from fastcore.basics import patch
-from fastai.torch_core import TensorCategory, TensorImage, to_device
+from fastai.torch_core import TensorImage, to_device
 
 # %% ../../nbs/03e_loaders.batches.ipynb #e55b14aa
 def _empty(shape):
@@ -34,7 +34,7 @@ class _Fetch(torch.utils.data.Dataset):
         for k,key in enumerate(keys[1:], 1):
             photos[k], y = self._fetch(key)
             ys.append(y)
-        return x if slot is None else slot, torch.from_numpy(np.array(ys, dtype='i8'))
+        return x if slot is None else slot, self.ds.stack(ys)
     def _fetch(self, key):
         (self.ds.split_idx, epoch), i = key
         return self.ds.fetch(epoch, i)
@@ -97,14 +97,14 @@ class PhotoDL(TfmdDL):
         self.plan = self._plan()
         self.before_iter()
         for self.batch,(x,y) in enumerate(self._raw(), self.start_batch): # its number in the epoch, also after a restart
-            b = to_device((TensorImage(x.permute(0, 3, 1, 2)), TensorCategory(y)), self.device)
+            b = to_device((TensorImage(x.permute(0, 3, 1, 2)), self.dataset.target_type(y)), self.device)
             yield self._own(self.after_batch(b))
         self.start_batch = 0
         if self.shuffle or self.dataset.split_idx == 0: self.epoch += 1 # for a stock Learner; ours sets `epoch` itself
         self.after_iter()
     def create_batch(self, b):
         x = torch.stack([x.permute(1, 2, 0) for x,_ in b]).permute(0, 3, 1, 2)
-        return TensorImage(x), TensorCategory(torch.tensor([int(y) for _,y in b]))
+        return TensorImage(x), self.dataset.target_type(self.dataset.stack([y for _,y in b]))
     def do_item(self, s): return self.dataset[s or 0]
     def close(self):
         "End the workers; the next pass starts new ones"

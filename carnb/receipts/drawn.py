@@ -48,7 +48,7 @@ class Line:
 # %% ../../nbs/08e_receipts.drawn.ipynb #3d14c03f
 def _price(rng): return f'{int(rng.integers(5, 400))*100:,}'
 
-# %% ../../nbs/08e_receipts.drawn.ipynb #42aca787
+# %% ../../nbs/08e_receipts.drawn.ipynb #d7500eb8
 def plan(
     rng, # random numbers
     n_goods:int, # rows of the table
@@ -64,7 +64,8 @@ def plan(
         Line(left=('품명',), right=('수량', '금액'), bold=True, rule=True)]
     for i in range(n_goods):
         lines.append(Line(left=pick(GOODS, rng.integers(1, 3)), right=(str(rng.integers(1, 10)), _price(rng)), rule=i == n_goods-1))
-    lines += [Line(left=('합계', 'TOTAL'), right=(_price(rng), '원'), big=1.3, bold=True), Line(left=('카드',), right=(_price(rng),), rule=True)]
+    lines.append(Line(left=('합계', 'TOTAL'), right=(_price(rng), '원'), big=1.3, bold=True))
+    lines.append(Line(left=('카드',), right=(_price(rng),), rule=True))
     return [*lines, Line(middle=tuple(str(rng.choice(THANKS)).split()))]
 
 # %% ../../nbs/08e_receipts.drawn.ipynb #b04ef4bc

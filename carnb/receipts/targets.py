@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['window', 'inside', 'border_distance', 'Targets', 'short_side', 'make_targets']
 
-# %% ../../nbs/08g_receipts.targets.ipynb #7db6cc27
+# %% ../../nbs/08g_receipts.targets.ipynb #b1261973
 from typing import NamedTuple
 import cv2, numpy as np
-from .geometry import SHRINK, shrink, shrink_distance
+from .kernels import SHRINK, shrink, shrink_distance
 
 # %% ../../nbs/08g_receipts.targets.ipynb #c29e5608
 def window(
@@ -21,11 +21,11 @@ def window(
     hi = np.ceil(np.max(p, axis=0) + margin).astype(int).clip(0, shape[::-1])
     return slice(lo[1], hi[1]), slice(lo[0], hi[0])
 
-# %% ../../nbs/08g_receipts.targets.ipynb #d69aac0c
+# %% ../../nbs/08g_receipts.targets.ipynb #543a1489
 def _middles(at):
     "Middles of the pixels of a window: x (1, w), y (h, 1)"
-    rows, columns = at
-    return np.arange(columns.start, columns.stop, dtype=np.float32)[None] + .5, np.arange(rows.start, rows.stop, dtype=np.float32)[:,None] + .5
+    y, x = (np.arange(s.start, s.stop, dtype=np.float32) + .5 for s in at)
+    return x[None], y[:,None]
 
 # %% ../../nbs/08g_receipts.targets.ipynb #a6fcc807
 def inside(
