@@ -326,6 +326,7 @@ def run_books(report, bin, env, slow):
                 if flag in SLOW and flag not in slow.split(): left.setdefault((short(p), flag), []).append(c)
     for (name, flag), cells in left.items(): report.add(f'{name}, cells marked {flag}', 0, skip=f'{len(cells)} not run' + ('' if flag == 'notest' else ' (make test-all)' if not slow else ''))
     if shutil.which('chromium') is None: report.add('a bar in JupyterLab', 0, skip='no chromium on PATH')
+    if not os.environ.get('CARNB_CLEVAL'): report.add('CLEval beside its package', 0, skip='CARNB_CLEVAL names no Python that has cleval')
     if not (ROOT.parent/'shared'/'data').is_dir(): report.add('real photos', 0, skip='no photos in ../shared/data; the drawn competition stood in for them')
 
 def run_process_tests(report, bin, env, slow):

@@ -7,10 +7,9 @@ __all__ = ['check_problems', 'reader_of', 'check_folder', 'counts_line', 'print_
 
 # %% ../nbs/09a_check.ipynb #da7b0003
 import carnb.core # before torch: see OMP_WAIT_POLICY there
-import contextlib, functools
+import functools
 from pathlib import Path
-from .disk import disk_errors
-from .core import CarnbError, runs_dir, safe_name, resolve_path
+from .core import runs_dir, safe_name, resolve_path
 from .data.items import read_competition
 from .tasks import TASKS, task_problems
 

@@ -10,7 +10,7 @@ __all__ = ['DOES', 'GROUPS', 'TRAIN_YAML', 'DEMO', 'DEMO_STEPS', 'HELP_WORDS', '
 from .core import CarnbError, ConfigError, did_you_mean
 from .core import raise_problems, read_json, resolve_path, runs_dir, write_text
 from .params import coerce
-from .stages import list_stages, notebooks_dir, stage_notebook, stage_params
+from .stages import list_stages, stage_notebook, stage_params
 import os, sys, time
 from pathlib import Path
 import yaml

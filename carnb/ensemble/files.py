@@ -7,7 +7,7 @@ __all__ = ['RESULT_FILES', 'NEEDED', 'array_stamp', 'inputs_of', 'write_ensemble
            'read_result', 'read_ensemble', 'stale_inputs']
 
 # %% ../../nbs/12k_ensemble.files.ipynb #3dc11656
-import contextlib, hashlib, json, zipfile
+import hashlib, json, zipfile
 import numpy as np
 from fastcore.basics import AttrDict
 from ..core import arrays_checksum, DamagedFile, load_npz, runs_dir, safe_name, save_npz

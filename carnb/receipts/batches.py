@@ -11,10 +11,9 @@ from ..core import ConfigError, raise_problems  # before torch: see OMP_WAIT_POL
 from functools import partial
 from typing import NamedTuple
 import albumentations as A, cv2, numpy as np, torch
-from fastai.torch_core import TensorBase, TensorImage
+from fastai.torch_core import TensorBase
 from ..loaders.transforms import compose, disturbances, keyed
 from ..loaders.photos import PhotoDataset
-from ..loaders.batches import IMAGENET_STATS
 from ..loaders import make_dls
 
 # %% ../../nbs/08p_receipts.batches.ipynb #rb0006

@@ -9,7 +9,6 @@ __all__ = ['STRIDES', 'DECODERS', 'stride_indices', 'plain_name', 'copy_body', '
 
 # %% ../../nbs/08n_receipts.model.ipynb #rm0003
 from ..core import ConfigError, did_you_mean, raise_problems  # before torch: see OMP_WAIT_POLICY there
-from functools import partial
 import timm, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from ..backbones import create_model, fixed_size, names_in_file, weights_file

@@ -8,7 +8,7 @@ __all__ = ['DECODE', 'TEXT_CONTRADICTIONS', 'TEXT_CHOICES', 'TEXT_PROBLEM', 'dec
            'page_multiple', 'text_loaders', 'text_model', 'bare_detector', 'text_loss']
 
 # %% ../../nbs/08r_receipts.runs.ipynb #rr0003
-from ..core import ConfigError, DataError, load_npz, save_npz  # before torch: see OMP_WAIT_POLICY there
+from ..core import ConfigError, load_npz, save_npz  # before torch: see OMP_WAIT_POLICY there
 from dataclasses import asdict
 import inspect
 import numpy as np, torch

@@ -17,7 +17,7 @@ from ..ensemble.files import read_result
 from ..run import Run, find_runs, read_file
 from ..metrics import METRICS, accuracy, softmax
 from ..disk import disk_errors
-from .page import interval, is_number, link, number, table, writing
+from .page import interval, is_number, link, number, table
 
 # %% ../../nbs/15b_report.board.ipynb #ec65d6eb
 def board_row(

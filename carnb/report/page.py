@@ -8,9 +8,9 @@ __all__ = ['STYLE', 'SCRIPT', 'short', 'drawn', 'number', 'percent', 'html', 'jo
            'write_page']
 
 # %% ../../nbs/15a_report.page.ipynb #7b00c7f4
-from ..core import CarnbError, write_text  # before torch: see OMP_WAIT_POLICY there
+from ..core import write_text  # before torch: see OMP_WAIT_POLICY there
 from ..text import use_korean_font
-import base64, contextlib, hashlib, io, unicodedata
+import base64, hashlib, io, unicodedata
 from pathlib import Path
 from urllib.parse import quote
 import numpy as np, pandas as pd
