@@ -179,8 +179,12 @@ def run_notebook(
 # %% ../nbs/16c_launch.ipynb #la18
 class Shown:
     "Passes text on to a stream; into a file only lines as they ended"
-    def __init__(self, stream): self.stream,self.screen,self.line,self.bar = stream,stream.isatty(),'',False
+    def __init__(self,
+        stream, # stdout or stderr
+        mute=tuple, # nothing is passed on while it gives something true
+    ): self.stream,self.mute,self.screen,self.line,self.bar = stream,mute,stream.isatty(),'',False
     def write(self, text):
+        if self.mute(): return
         if self.screen: return self.stream.write(text)
         *ended, self.line = (self.line+text).replace('\r\n', '\n').split('\n')
         self.bar = '\r' in self.line or self.bar and not ended
@@ -232,7 +236,8 @@ def run_stage(
 )->int: # exit code
     "Run the notebook of a stage; 0 when it ended well, `KeyboardInterrupt` when somebody asked to stop"
     _announce(stage, params)
-    asks, shown = asks or Requests(), [Shown(sys.stdout), Shown(sys.stderr)]
+    asks = asks or Requests()
+    shown = [Shown(sys.stdout), Shown(sys.stderr, mute=lambda: asks.times)]
     job = NotebookRun(stage_notebook(stage), params, *shown)
     left = run_notebook(job, asks)
     for s in shown: s.close()

@@ -111,7 +111,7 @@ def top_facts(
     better = 'lower is better' if METRICS[metric].lower_is_better else 'higher is better'
     lead = html('{} <small>{} to {}</small>', number(h['score']), number(h['low']), number(h['high']))
     rows = [(f'expected {metric_words(metric)}, 95 % interval; {better}', lead, 'first')]
-    if summary: rows += [('best single model', number(best.score)), ('models in the ensemble', len(summary['members']))]
+    if summary: rows += [('best single model, chosen in the same way', number(summary['best_single']['score'])), ('members', len(summary['members']))]
     else: rows += [('of the best single model', breakable(best.model))]
     right = t.accuracy[t.model.str.startswith('ensemble (')].iloc[0] if summary else best.accuracy
     return facts([*rows, ('accuracy', percent(right))])
