@@ -328,6 +328,9 @@ def open_experiment(
     runs = find_runs(experiment, notes=notes)
     if not runs: _refuse_without_runs(experiment, notes)
     record = get_task(task_of(runs, task))
+    if record.kind != 'classes':
+        raise ConfigError(f'experiment: {experiment} was trained for {record.name}, and what comes after training is not built for it yet; '
+                          'the score of its validation photos stands in history.csv and metrics.json of each run')
     runs = [r for r in runs if r.config.get('task', record.name) == record.name]
     c = runs[0].config
     comp = read_items(record, data_dir or c.data_dir, c.get('merges'), c.get('data_options') or {})
