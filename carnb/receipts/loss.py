@@ -12,6 +12,7 @@ from ..core import ConfigError, raise_problems
 import math
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
+from ..losses import plain_tensor
 
 # %% ../../nbs/08o_receipts.loss.ipynb #rl0006
 KERNEL, COUNTED, THRESHOLD, BORDER = range(4) # channels of the targets
@@ -131,20 +132,14 @@ class DBLoss(nn.Module):
     def divisor(self, targets):
         "What the mean divides by: the number of photos"
         return len(targets)
-    def activation(self, logits): return _plain(logits)[:,:1].float().sigmoid()
+    def activation(self, logits): return plain_tensor(logits)[:,:1].float().sigmoid()
     def decodes(self, logits): return logits
     def extra_repr(self): return ', '.join(f'{k}={v:g}' for k,v in self.numbers.items()) + f', reduction={self.reduction!r}'
-
-# %% ../../nbs/08o_receipts.loss.ipynb #rl0026
-def _plain(x):
-    "A fastai tensor subclass as a plain tensor"
-    if not isinstance(x, Tensor): raise ValueError(f'{type(x).__name__}, expected a torch tensor')
-    return x.as_subclass(Tensor)
 
 # %% ../../nbs/08o_receipts.loss.ipynb #rl0027
 def _checked(logits, targets):
     "Logits in float32 at least, and their targets; `ValueError` when they do not belong together"
-    logits, targets = _plain(logits), _plain(targets)
+    logits, targets = plain_tensor(logits), plain_tensor(targets)
     n,_,h,w = targets.shape if targets.ndim == 4 else (0, 0, 0, 0)
     fits = targets.ndim == 4 and targets.shape[1] == 4 and tuple(logits.shape) in {(n, 1, h, w), (n, 2, h, w)}
     if not fits: raise ValueError(f'logits {tuple(logits.shape)}, targets {tuple(targets.shape)}; expected (n, 1 or 2, h, w) and (n, 4, h, w)')

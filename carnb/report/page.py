@@ -9,8 +9,8 @@ __all__ = ['STYLE', 'SCRIPT', 'short', 'drawn', 'number', 'percent', 'html', 'jo
 
 # %% ../../nbs/15a_report.page.ipynb #7b00c7f4
 from ..core import write_text  # before torch: see OMP_WAIT_POLICY there
-from ..text import use_korean_font
-import base64, hashlib, io, unicodedata
+from ..text import text_columns, use_korean_font
+import base64, hashlib, io
 from pathlib import Path
 from urllib.parse import quote
 import numpy as np, pandas as pd
@@ -18,16 +18,13 @@ from markupsafe import Markup, escape
 from ..disk import disk_errors
 from ..ensemble.words import number as plain_number
 
-# %% ../../nbs/15a_report.page.ipynb #a28f17d8
-def _wide(c): return 2 if unicodedata.east_asian_width(c) in 'WF' else 1
-
 # %% ../../nbs/15a_report.page.ipynb #fd3176b8
 def short(
     name:str, # of a class
     n:int=24, # columns it may take; Hangul takes two
 )->str:
     "`name` with its middle left out when it is long: beginnings and ends tell classes apart"
-    wide = [_wide(c) for c in name]
+    wide = [text_columns(c) for c in name]
     if sum(wide) <= n: return name
     i, j, used = 0, len(name), 1
     while True: # a letter in front, a letter at the end
