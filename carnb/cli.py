@@ -14,7 +14,7 @@ from .stages import list_stages, stage_notebook, stage_params
 import os, sys, time
 from pathlib import Path
 import yaml
-from .precheck import problems_of
+from .precheck import problems_of, stage_for
 from .launch import Requests, run_stage
 from .demo_weights import demo_weights
 from .worth import answer_lines, worth_lines
@@ -60,8 +60,8 @@ def parse_args(
     files:bool=True, # look for files, folders and experiments, too
 )->dict: # parameters
     "Parameters from `-p NAME VALUE` and `-f FILE`; `ConfigError` names all that is wrong"
-    known, params = stage_params(stage), {}
     words, problems = read_words(args)
+    known, params = stage_params(stage_for(stage, words)), {}
     problems += [f'{k}: unknown parameter{did_you_mean(k, known)}' for k in words if k not in known]
     for k in [k for k in words if k in known]:
         try: params[k] = _typed(words[k], known[k].type)
@@ -157,7 +157,8 @@ def stage_help(
 )->str:
     "The parameters of a stage in groups: meaning, and the value that would be used"
     import textwrap
-    known, params = stage_params(stage), params or {}
+    params = params or {}
+    known = stage_params(stage_for(stage, params))
     used = used_values(params) if stage == 'train' else {}
     width = max(map(len, known))
     def line(k):

@@ -8,6 +8,7 @@ __all__ = ['PATIENCE', 'LEAVING', 'OURS', 'NO_MEMORY', 'signals_of', 'Requests',
 
 # %% ../nbs/16c_launch.ipynb #la02
 from .core import CarnbError, ConfigError, DamagedFile, DataError
+from .precheck import stage_for
 from .stages import stage_notebook
 import contextlib, os, re, signal, sys, threading, time
 from pathlib import Path
@@ -238,7 +239,7 @@ def run_stage(
     _announce(stage, params)
     asks = asks or Requests()
     shown = [Shown(sys.stdout), Shown(sys.stderr, mute=lambda: asks.times)]
-    job = NotebookRun(stage_notebook(stage), params, *shown)
+    job = NotebookRun(stage_notebook(stage_for(stage, params)), params, *shown)
     left = run_notebook(job, asks)
     for s in shown: s.close()
     name = getattr(job.error, 'ename', '')

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'FROM_RUNS', 'FILES', 'names_of', 'timm_names', 'arch_problem', 'value_problems', 'folder_problem',
-           'experiment_problem', 'file_problems', 'settings_problems', 'problems_of']
+           'experiment_problem', 'file_problems', 'task_kinds', 'experiment_task', 'stage_for', 'settings_problems',
+           'problems_of']
 
 # %% ../nbs/16b_precheck.ipynb #pr02
 from .core import did_you_mean, name_problem, resolve_path, runs_dir, safe_name
 from .params import TRAIN_CHOICES, TRAIN_RANGES, choice_problems, fold_problems, range_problems
-from .stages import stage_params
+from .stages import stage_kinds, stage_params
 import ast, functools, importlib.util, re
 from pathlib import Path
 
@@ -129,6 +130,35 @@ def file_problems(
     if isinstance(weights, str) and not resolve_path(weights).is_file():
         p.append(f'pretrained: {weights} is not there; expected true, false or a .pth / .safetensors file')
     return [o for o in p if o]
+
+# %% ../nbs/16b_precheck.ipynb #pr21
+@functools.cache
+def task_kinds()->dict: # task -> kind
+    "What kind of problem each task is, without importing its module"
+    tree = ast.parse((Path(__file__).parent/'tasks.py').read_text(encoding='utf8'))
+    tasks = next(v for s in tree.body for name,v in _assigned(s) if name == 'TASKS')
+    said = {k.arg: [o.value.value for o in k.value.keywords if o.arg == 'kind'] for k in tasks.keywords}
+    return {task: kind[0] if kind else 'classes' for task,kind in said.items()}
+
+# %% ../nbs/16b_precheck.ipynb #pr23
+def experiment_task(
+    experiment:str, # name below `runs/`
+)->str|None: # None: no run says it
+    "The task that an experiment's first run was trained for, as its configuration says"
+    for f in sorted((runs_dir()/safe_name(experiment)).glob('*/fold*/config.yaml')):
+        said = re.search(r'^task: *(\w+)', f.read_text(encoding='utf8', errors='replace'), re.M)
+        if said: return said[1]
+
+# %% ../nbs/16b_precheck.ipynb #pr24
+def stage_for(
+    stage:str, # `check`, `train`, `predict`, ...
+    params:dict, # name -> value
+)->str: # the same, or such as `predict.text`
+    "The stage, or its other notebook where the task or the experiment's runs ask for that"
+    if not stage_kinds(stage): return stage
+    task = params.get('task') or experiment_task(str(params.get('experiment') or 'demo'))
+    kind = task_kinds().get(task, 'classes')
+    return f'{stage}.{kind}' if kind in stage_kinds(stage) else stage
 
 # %% ../nbs/16b_precheck.ipynb #pr17
 def settings_problems(

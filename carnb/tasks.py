@@ -322,15 +322,16 @@ def open_experiment(
     experiment:str, # name below `runs/`
     task:str|None=None, # None: as the runs say
     data_dir=None, # None: as the runs say
+    kind:str='classes', # what kind of problem the caller is about
 ): # task, Competition, finished runs
     "What an experiment was trained on; `CarnbError` when nothing is finished"
     notes = []
     runs = find_runs(experiment, notes=notes)
     if not runs: _refuse_without_runs(experiment, notes)
     record = get_task(task_of(runs, task))
-    if record.kind != 'classes':
-        raise ConfigError(f'experiment: {experiment} was trained for {record.name}, and what comes after training is not built for it yet; '
-                          'the score of its validation photos stands in history.csv and metrics.json of each run')
+    if record.kind != kind:
+        how = f'carnb STAGE -p experiment {experiment} takes the right one'
+        raise ConfigError(f'experiment: {experiment} was trained for {record.name}; that needs another notebook of this stage: {how}')
     runs = [r for r in runs if r.config.get('task', record.name) == record.name]
     c = runs[0].config
     comp = read_items(record, data_dir or c.data_dir, c.get('merges'), c.get('data_options') or {})

@@ -135,9 +135,10 @@ def experiment_data(
     experiment:str, # name below `runs/`
     task:str|None=None, # None: as the runs say
     data_dir:str|None=None, # None: as the runs say
+    kind:str='classes', # what kind of problem the caller is about
 ): # task, competition with folds, finished runs
     "What an experiment was trained on; `CarnbError` when nothing is finished"
-    record, comp, runs = open_experiment(experiment, task, data_dir)
+    record, comp, runs = open_experiment(experiment, task, data_dir, kind)
     comp, checked = check_competition(comp)
     c = runs[0].config
     folds = runs_dir()/safe_name(experiment)/'folds.csv'
