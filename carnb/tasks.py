@@ -28,7 +28,7 @@ from .demo.persons import FACE_PHOTOS
 from .demo.folder import make_demo
 from .metrics import METRICS
 from .presets import TASK_LAYERS
-from .receipts.items import read_receipts
+from .receipts.items import read_receipts, survey_receipts
 from .receipts.score import DETECTION_METRICS
 
 # %% ../nbs/09_tasks.ipynb #ac69487e
@@ -44,6 +44,7 @@ class Task:
     tta_views: tuple = ('identity', 'hflip', 'vflip', 'both', 'rot90') # in the order in which `tta_steps` takes them
     options: dict = field(default_factory=dict) # what its reader can be told (`data_options`), with defaults
     kind: str = 'classes' # what kind of problem it is, see 08b_problems
+    survey: Callable|None = None # as `read`, but what is wrong stands in the findings of the Competition; None: `read` alone
     @property
     def scored(self): return SCORES[self.metric]
     @property
@@ -200,7 +201,7 @@ TASKS = dict(
     masks=Task(
         'masks', read_masks, 'macro_f1', TASK_LAYERS['masks'], ('identity', 'hflip'),
         dict(age=[29, 58], corrections='shipped')),
-    receipts=Task('receipts', read_receipts, 'cleval', TASK_LAYERS['receipts'], ('identity',), kind='text'),
+    receipts=Task('receipts', read_receipts, 'cleval', TASK_LAYERS['receipts'], ('identity',), kind='text', survey=survey_receipts),
 )
 
 # %% ../nbs/09_tasks.ipynb #5d0a0ca6
