@@ -28,10 +28,10 @@ def reader_of(
     task:str|None, # key of TASKS; None: class folders or a `train.csv`
     options:dict|None=None, # `data_options`
 ): # (data_dir, merges) -> Competition
-    "The reader of a task, with its options"
+    "The reader of a task, with its options; its survey where it has one"
     if task is None: return read_competition
     record = TASKS[task]
-    return functools.partial(record.read, **(record.options | (options or {})))
+    return functools.partial(record.survey or record.read, **(record.options | (options or {})))
 
 # %% ../nbs/09a_check.ipynb #da7b000c
 def check_folder(
@@ -49,7 +49,7 @@ def counts_line(
 )->str:
     "How many photos, classes and findings"
     split, n = res.photos.split.value_counts(), res.findings.severity.value_counts()
-    classes = f' of {len(res.classes)} classes' if len(res.classes) else ''
+    classes = f' of {len(res.classes)} classes' if len(res.classes) > 1 else ''
     photos = f'{split.get("train", 0):,} training photos{classes} and {split.get("test", 0):,} to predict'
     found = ', '.join(f'{n.get(k, 0)} {k}{"" if n.get(k, 0) == 1 else "s"}' for k in ('error', 'warning', 'note'))
     return f'{photos}, looked at in {seconds:.1f} s: {found}'

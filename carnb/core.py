@@ -119,7 +119,7 @@ def safe_name(
     return ''.join(c if c.isalnum() or c in '._-' else '_' for c in name).strip('.')
 
 # %% ../nbs/00_core.ipynb #co26a
-RESERVED = ('submissions', 'submissions.csv', 'check', 'demo_data', 'memory', 'devices.csv', 'readme.md', 'leaderboard.csv')
+RESERVED = ('submissions', 'submissions.csv', 'check', 'demo_data', 'demo_receipts', 'memory', 'devices.csv', 'readme.md', 'leaderboard.csv')
 LONGEST_NAME = 150 # bytes: file systems allow 255, and names of locks and temporary files are longer
 
 def name_problem(

@@ -69,20 +69,21 @@ def find_photos_to_check(
     data_dir, # any folder with photos
     merges=None, # names that are one class
     read=read_competition, # (data_dir, merges) -> Competition
-): # items table (label is None where unknown), class list, rows (path, code, message) about the layout
+): # items table (label is None where unknown), class list, rows (path, code, message) about the layout, findings of the reader
     "The photos of a folder, whatever state it is in; what a reader would refuse is said instead"
     d = existing_dir(data_dir)
     rows = unused_files(d)
     try: comp = read(d, merges)
     except (DataError, ConfigError) as e: problems = _problems_of(e, d)
     else:
-        left = {f.relative_to(d).as_posix() for f in list_photos(d, [])} - set(comp.items.path)
+        own = comp.findings if comp.findings is not None else finding_rows([])
+        left = {f.relative_to(d).as_posix() for f in list_photos(d, [])} - {*comp.items.path, *own.path}
         rows += [('', 'said', n) for n in comp.notes] + [(p, 'unused', '') for p in sorted(left)]
-        return comp.items, comp.classes, rows
+        return comp.items, comp.classes, rows, own
     by_csv = os.path.lexists(d/'train.csv')
     t = _photos_anyway(d, by_csv)
     rows += _why_not_read(t, problems, by_csv)
-    return _items_anyway(t), sorted(set(t.label[t.split == 'train'].dropna())), rows
+    return _items_anyway(t), sorted(set(t.label[t.split == 'train'].dropna())), rows, finding_rows([])
 
 # %% ../../nbs/01u_data.folder.ipynb #d1a05e24
 def known_test_photos(
@@ -125,7 +126,7 @@ def check_data(
 )->AttrDict: # photos (items table), classes, checked, findings, duplicates, merges, rare, leaks (None when nothing is labelled)
     "All that can be found out about a competition's folder before training"
     d = existing_dir(data_dir)
-    items, classes, rows = find_photos_to_check(d, merges, read)
+    items, classes, rows, own = find_photos_to_check(d, merges, read)
     checked = check_photos(d, items.path, progress)
     found, dups = findings_table(checked), duplicate_table(items, duplicate_pairs(checked))
     rows += _conflicts(dups) + known_test_photos(items, dups)
@@ -136,7 +137,7 @@ def check_data(
         try: leaks, rare, more = _deal(Competition(d, train, classes, None), checked, n_folds, seed, folds_file)
         except (DataError, ConfigError) as e: more = [('', 'layout', str(e))]
         rows += more
-    found = pd.concat([t for t in (finding_rows(rows), found) if len(t)] or [found])
+    found = pd.concat([t for t in (own, finding_rows(rows), found) if len(t)] or [found])
     for c in ('path', 'message'): found[c] = [as_text(p) for p in found[c]]
     return AttrDict(photos=items, classes=classes, checked=checked, findings=worst_first(found),
                     duplicates=dups, merges=alike, rare=rare, leaks=leaks)

@@ -27,6 +27,7 @@ class Competition:
     template: Template|None # what a submission must look like
     column_class: dict = field(default_factory=dict) # template column, or value that a label template wants -> class
     notes: list = field(default_factory=list) # what a person should know
+    findings: pd.DataFrame|None = None # what its reader found wrong with the annotations, as `carnb check` lists it
     @property
     def train(self): return self.items[self.items.split == 'train']
     @property

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import cv2, numpy as np
 from ..core import ConfigError, raise_problems
-from .geometry import Fit, area, in_order, perimeter
+from .geometry import area, in_order, perimeter
+from .letterbox import Letterbox
 from .kernels import SHRINK, offset, root, unclip_exact
 
 # %% ../../nbs/08j_receipts.decode.ipynb #af9e6300
@@ -145,13 +146,13 @@ class Words(NamedTuple):
 # %% ../../nbs/08j_receipts.decode.ipynb #e4d3f430
 def decode(
     prob, # (h, w) probabilities or bytes on the network's canvas; a map smaller than the canvas is of a part of its resolution
-    fit:Fit, # how the page lies on the canvas
+    fit:Letterbox, # how the page lies on the canvas
     settings:Decoding=Decoding(), # how
 )->Words:
     "The words in a map"
     raise_problems('decoding cannot be done like this', decoding_problems(settings), ConfigError)
     prob, s = as_bytes(prob), settings
-    step = fit.canvas/prob.shape[1] # pixels of the canvas per pixel of the map
+    step = fit.sides[1]/prob.shape[1] # pixels of the canvas per pixel of the map
     w, h = (int(np.ceil(v/step)) for v in fit.inner)
     prob = prob[:h, :w] # what lies beside the page is no text
     found = outlines(prob, s.thresh, s.max_candidates)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import cv2, numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from ..bars import progress_bar
 from ..core import CarnbError, write_json
 from ..data.photos import encode_image
 from .geometry import in_order
@@ -224,13 +225,14 @@ def write_receipts(
     n_test:int=8, # test photos
     size:tuple=(480, 800), # (w, h) in pixels
     seed:int=42, # another seed, other receipts
+    progress:bool=False, # show a bar
     **options, # of `draw_receipt`
 )->Path:
     "A competition of drawn receipts"
-    folder, tables = Path(folder), dict(train={}, test={}, answers={})
-    for i in range(n + n_test):
+    folder, tables, photos = Path(folder), dict(train={}, test={}, answers={}), range(n + n_test)
+    for i in progress_bar(photos, desc='drawing receipts') if progress else photos:
         part = 'train' if i < n else 'test'
-        name = f'{i if i < n else i - n:03d}.jpg' if part == 'train' else f'{i - n + 900:03d}.jpg'
+        name = f'{i:03d}.jpg' if part == 'train' else f'{i - n + 900:03d}.jpg'
         photo, words = draw_receipt(seed*10_000 + i, size, **options)
         (folder/part).mkdir(parents=True, exist_ok=True)
         (folder/part/name).write_bytes(encode_image(photo, quality=90))

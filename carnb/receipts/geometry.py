@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POLYGON_FAULTS', 'as_polygon', 'signed_area', 'area', 'perimeter', 'in_order', 'beside', 'polygon_fault', 'parts_of',
-           'mend', 'to_quad', 'shapes', 'Overlaps', 'overlaps', 'upright_points', 'stored_points', 'Fit']
+           'mend', 'to_quad', 'shapes', 'Overlaps', 'overlaps', 'upright_points', 'stored_points']
 
 # %% ../../nbs/08c_receipts.geometry.ipynb #df400e96
 from typing import NamedTuple
@@ -197,23 +197,3 @@ def stored_points(
 )->np.ndarray: # (n, 2) in the stored picture
     "The way back"
     return upright_points(p, _BACK.get(orientation, orientation), size)
-
-# %% ../../nbs/08c_receipts.geometry.ipynb #749d1c1b
-class Fit(NamedTuple):
-    "How a page lies on the network's canvas"
-    size: tuple # (w, h) of the photo
-    canvas: int # pixels of the square's side
-    @property
-    def scale(self)->float: return self.canvas/max(self.size)
-    @property
-    def inner(self)->tuple: # (w, h) of the canvas that the page covers
-        return tuple(max(1, round(s*self.scale)) for s in self.size)
-    def to_canvas(self, p)->np.ndarray: return np.asarray(p)*(np.divide(self.inner, self.size))
-    def to_photo(self, p)->np.ndarray: return np.asarray(p)*(np.divide(self.size, self.inner))
-    def place(self, photo)->np.ndarray: # (canvas, canvas, 3)
-        "The photo on its canvas; what it does not cover is black"
-        w, h = self.inner
-        how = cv2.INTER_AREA if self.scale < 1 else cv2.INTER_LINEAR
-        out = np.zeros((self.canvas, self.canvas, *photo.shape[2:]), photo.dtype)
-        out[:h, :w] = cv2.resize(photo, (w, h), interpolation=how)
-        return out

@@ -49,7 +49,7 @@ RECEIPT_FINDINGS = { # code: (severity, what is done)
     'photo_twice':('error', 'two entries for one photo; only one can be right'),
     'word_twice': ('warning', 'two words with one id; both are used, the later one under a new id'),
     'copy':       ('warning', 'the same polygon twice on one page; used once'),
-    **{code: ('warning', what) for code,what in POLYGON_FAULTS.items()},
+    **{code: ('warning', f'polygon: {what}') for code,what in POLYGON_FAULTS.items()},
     'unlisted':   ('warning', 'in the folder, but not in the JSON; not used'),
     'empty':      ('warning', 'a training page without words; used, it teaches where no text is'),
     'turned':     ('note', 'EXIF turns the photo; its polygons are those of the stored picture and are turned with it'),

@@ -15,9 +15,10 @@ import numpy as np, torch
 from ..backbones import model_stats
 from ..loaders.preprocess import find_preprocess
 from ..problems import Choices, Problem
-from .batches import Letterbox, page_dls, page_transform
+from .batches import page_dls, page_transform
 from .decode import Decoding, decode, decoding_problems
 from .items import T_MAX, T_MIN, byte_maps
+from .letterbox import Letterbox
 from .loss import DBLoss, db_loss_problems
 from .model import STRIDES, canvas_problem, create_detector, detector_problems
 from .score import DETECTION_METRICS

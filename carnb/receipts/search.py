@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from ..core import ConfigError, raise_problems
 from ..metrics import Interval
 from .decode import Decoding, decode, decoding_problems
-from .geometry import Fit
+from .letterbox import Letterbox
 from .score import DETECTION_METRICS
 from .cleval import Score
 
@@ -31,7 +31,7 @@ def grid_of(
 # %% ../../nbs/08k_receipts.search.ipynb #4eddae97
 def setting_counts(
     prob, # map of a photo
-    fit:Fit, # how it lies on the canvas
+    fit:Letterbox, # how it lies on the canvas
     truth, # its words
     settings, # list of Decoding
     metric, # `DetectionMetric`
@@ -70,7 +70,7 @@ def choose_nested(
 # %% ../../nbs/08k_receipts.search.ipynb #6b1475e0
 def search(
     maps:dict, # photo -> map
-    fits:dict, # photo -> Fit
+    fits:dict, # photo -> Letterbox
     truths:dict, # photo -> its words
     folds, # photo -> fold; at least two folds
     settings:list, # from `grid_of`; of equally good ones the first is taken
