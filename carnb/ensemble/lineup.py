@@ -71,12 +71,13 @@ def checked_heads(
     found:dict, # model -> runs
     members, # as given: what is named must be whole
     notes:list, # gets a line for each damaged file
+    read=checked_head, # (run, oof or test) -> the names in a file
 )->list: # AttrDict(model, fold, run, oof, test), one per run
     "Names of all predictions; models with a damaged file are left out"
     heads, damaged = [], {}
     for model,runs in found.items():
         for r in runs:
-            try: names = {part: checked_head(r, part) for part in ('oof', 'test')}
+            try: names = {part: read(r, part) for part in ('oof', 'test')}
             except DamagedFile as e: damaged.setdefault(model, []).append(str(e))
             else: heads.append(AttrDict(model=model, fold=r.path.name[4:], run=r, **names))
     said = sum(damaged.values(), [])
