@@ -322,13 +322,16 @@ def open_experiment(
     experiment:str, # name below `runs/`
     task:str|None=None, # None: as the runs say
     data_dir=None, # None: as the runs say
+    kind:str='classes', # kind of problem that the caller can work with
 ): # task, Competition, finished runs
     "What an experiment was trained on; `CarnbError` when nothing is finished"
     notes = []
     runs = find_runs(experiment, notes=notes)
     if not runs: _refuse_without_runs(experiment, notes)
     record = get_task(task_of(runs, task))
-    if record.kind != 'classes':
+    if record.kind != kind and kind != 'classes':
+        raise ConfigError(f'experiment: {experiment} was trained for {record.name} ({record.kind}), expected {kind}')
+    if record.kind != kind:
         raise ConfigError(f'experiment: {experiment} was trained for {record.name}, and what comes after training is not built for it yet; '
                           'the score of its validation photos stands in history.csv and metrics.json of each run')
     runs = [r for r in runs if r.config.get('task', record.name) == record.name]
