@@ -259,7 +259,8 @@ def parameters_cells():
         n = sum('parameters' in tags(c) for _, c in code_cells(p))
         if n > 1: problems.append(f'{short(p)} has {n} cells tagged parameters, expected 1')
         if not n: continue
-        stages.setdefault(family(p), []).append(short(p))
+        kind = '.text' if p.stem.endswith('.text') else '' # the same stage for another kind of problem
+        stages.setdefault(family(p) + kind, []).append(short(p))
         problems += [f'{short(p)} cell {i} calls nbdev_export, which would rewrite carnb/ in every run' for i, c in code_cells(p) if 'nbdev_export(' in source(c)]
     problems += [f'no notebook of the stage {s} has a cell tagged parameters' for s in STAGES if s not in stages]
     problems += [f'{" and ".join(found)} both have a parameters cell: the stage {s} has one notebook' for s, found in stages.items() if len(found) > 1]

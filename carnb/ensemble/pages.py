@@ -16,7 +16,7 @@ from .lineup import asked_members, checked_heads, common_folds, finished_models,
 from .words import some_of
 from ..identity import photo_hashes
 from ..predict.maps import TEST_MAPS
-from ..receipts.batches import Letterbox
+from ..receipts.letterbox import Letterbox
 from ..receipts.decode import Decoding, decode
 from ..receipts.runs import TextMaps, decoding_of
 from ..receipts.search import grid_of
