@@ -100,6 +100,7 @@ def score_table(
     for name in DETECTION_METRICS: t, shows = part(t, name)
     first = [c for c in ('model', 'run') if c in t]
     order = [f'{m}{s}' for m in DETECTION_METRICS for s in ('', '_interval', '_drawn', '_precision', '_recall')]
+    order.remove('iou_drawn') # what is not scored needs no drawing, and the table fits its page
     numbers = [c for c in order if not c.endswith(('_interval', '_drawn'))]
     heads = {'cleval': 'CLEval H-mean', 'iou': 'IoU H-mean'} | {f'{m}_interval': '95 % interval' for m in DETECTION_METRICS}
     heads |= {f'{m}_drawn': '' for m in DETECTION_METRICS} | {f'{m}_{s}': s for m in DETECTION_METRICS for s in ('precision', 'recall')}
@@ -131,7 +132,8 @@ def detector_board_table(t:pd.DataFrame): # `Markup`
     shows = dict.fromkeys(('cleval', 'iou', 'iou_precision', 'iou_recall', 'train_loss', 'val_loss'), number) | dict(run=lambda v: link(f'{v}/', v))
     heads = dict(cleval='CLEval H-mean', iou='IoU H-mean', iou_precision='IoU precision', iou_recall='IoU recall', train_loss='training loss',
                  val_loss='validation loss', best_epoch='best epoch', px='pixels', seconds='training (seconds)', epoch_seconds='seconds per epoch')
-    return table(t, shows | dict(seconds=lambda v: number(v, 0), epoch_seconds=lambda v: number(v, 1)), heads)
+    own = t.drop(columns=['model', 'seed']) # `run` says which model it is
+    return table(own, shows | dict(seconds=lambda v: number(v, 0), epoch_seconds=lambda v: number(v, 1)), heads)
 
 # %% ../../nbs/15j_report.detectors.ipynb #gv000022
 STEPS = (.3, .4, .5, .6, .7, .8, .9) # box_thresh

@@ -19,16 +19,16 @@ class Step(NamedTuple):
 # %% ../../nbs/15k_report.steps.ipynb #ga000006
 TRAIN = 'carnb train -p task {task} -p data_dir {data_dir} -p experiment {experiment}'
 TEXT_STEPS = ( # in the order of the plan
-    Step(lambda s: s.missing, 'Train the folds that are missing ({missing}): ' + TRAIN + ' -p arch {arch} -p fold {fold}, with the other settings of its folds.'),
-    Step(lambda s: not s.predicted, 'Predict the test photos: carnb predict -p experiment {experiment}.'),
-    Step(lambda s: not s.voted, 'Let the runs vote: carnb ensemble -p experiment {experiment}.'),
-    Step(lambda s: s.stale, 'Predictions changed since the vote was made: carnb ensemble -p experiment {experiment}.'),
-    Step(lambda s: not s.submitted, 'Write the submission: carnb submit -p experiment {experiment}.'),
+    Step(lambda s: s.missing, 'Train the folds that are missing ({missing}), each with the settings of the others: ' + TRAIN + ' -p arch {arch} -p fold {fold}'),
+    Step(lambda s: not s.predicted, 'Predict the test photos: carnb predict -p experiment {experiment}'),
+    Step(lambda s: not s.voted, 'Let the runs vote: carnb ensemble -p experiment {experiment}'),
+    Step(lambda s: s.stale, 'Predictions changed since the vote was made: carnb ensemble -p experiment {experiment}'),
+    Step(lambda s: not s.submitted, 'Write the submission: carnb submit -p experiment {experiment}'),
     Step(lambda s: s.goal is not None and s.score >= s.goal, 'The goal is reached ({score:.4f}, goal {goal:g}). Keep the submission.'),
-    Step(lambda s: s.late > .5, 'Most runs were best in their last epoch, train longer: ' + TRAIN + ' -p arch {arch} -p fold 0 -p epochs {more_epochs}.'),
-    Step(lambda s: s.small > .1, 'Of the smallest quarter of the words {small:.0%} are missed, try a larger canvas: ' + TRAIN + ' -p arch {arch} -p fold 0 -p img_size {larger}.'),
-    Step(lambda s: s.models < 2, 'Train a second kind of network, since detectors that err differently vote best: ' + TRAIN + ' -p arch {other} -p fold 0.'),
-    Step(lambda s: True, 'Search learning rate and augmentation: carnb grid -p experiment {experiment} -p task {task} -p data_dir {data_dir} -p archs {arch} -p over "{{lr: [3e-4, 1e-3]}}".'),
+    Step(lambda s: s.late > .5, 'Most runs were best in their last epoch, train longer: ' + TRAIN + ' -p arch {arch} -p fold 0 -p epochs {more_epochs}'),
+    Step(lambda s: s.small > .1, 'Of the smallest quarter of the words {small:.0%} are missed, try a larger canvas: ' + TRAIN + ' -p arch {arch} -p fold 0 -p img_size {larger}'),
+    Step(lambda s: s.models < 2, 'Train a second kind of network, since detectors that err differently vote best: ' + TRAIN + ' -p arch {other} -p fold 0'),
+    Step(lambda s: True, 'Search learning rate and augmentation: carnb grid -p experiment {experiment} -p task {task} -p data_dir {data_dir} -p archs {arch} -p over "{{lr: [3e-4, 1e-3]}}"'),
 )
 
 # %% ../../nbs/15k_report.steps.ipynb #ga000007
