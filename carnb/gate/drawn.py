@@ -145,7 +145,7 @@ def write_drawn_vote(
     oof, test = (_by_photo(runs, part) for part in ('oof', 'test'))
     k_oof, k_test = (max(1, round(share*len(next(iter(found.values()))))) for found in (oof, test))
     nested = {i: vote(words, k_oof) for i,words in oof.items()}
-    by_k = {i: vote(words, [k_test, k_test + 1]) for i,words in test.items()}
+    by_k = {i: vote(words, [k_test, k_test + 2]) for i,words in test.items()}
     sizes = dict.fromkeys([*oof, *test], (240, 400))
     single, alone = _best_single(runs, truths, 'cleval')
     m = DETECTION_METRICS['cleval']
@@ -160,14 +160,14 @@ def write_drawn_vote(
     key = hashlib.sha256(json.dumps({k: v for k,v in about.items() if k != 'environment'}, default=float, sort_keys=True).encode()).hexdigest()[:16]
     out.mkdir(parents=True, exist_ok=True)
     write_predictions(out/'oof_words.json', nested, sizes)
-    for name,k in (('test_words', k_test), (f'test_words_k{k_test}', k_test), (f'test_words_k{k_test+1}', k_test + 1)):
+    for name,k in (('test_words', k_test), (f'test_words_k{k_test}', k_test), (f'test_words_k{k_test+2}', k_test + 2)):
         write_predictions(out/f'{name}.json', {i: w[k] for i,w in by_k.items()}, sizes)
         if name != 'test_words': write_predictions(out/f'{name}.csv', {i: w[k] for i,w in by_k.items()})
     write_record(out/'ensemble.json', about | dict(key=key))
     return read_record(out/'ensemble.json')
 
 # %% ../../nbs/13f_gate.drawn.ipynb #gd000019
-LOOKS = dict(sharp=dict(blind=.05, specks=2), blurred=dict(blind=.02, blur=2.2, specks=1), shy=dict(blind=.15, specks=0)) # networks
+LOOKS = dict(sharp=dict(blind=.08, specks=3), blurred=dict(blind=.08, blur=1.2, specks=2), shy=dict(blind=.12, specks=1)) # networks
 
 def draw_experiment(
     experiment:str, # name below `runs/`; nothing may be there
