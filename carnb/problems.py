@@ -29,7 +29,7 @@ class Problem:
     bare: Callable # (cfg) -> the network of a run, without its weights
     loss: Callable # (cfg, n_classes, targets) -> the loss
     valid: Callable # (cfg) -> what is made of validation predictions, as `carnb.training.history.Classes`
-    parts: Callable # (cfg, n_classes, device) -> parts that a batch is cut into
+    network: Callable # (cfg) -> what the memory of a step is counted of, see `memory.network`
     file: str # of the out-of-fold predictions
     score: Callable # (run, comp) -> the score of that file
     leaves_out: tuple = () # callbacks that make no sense here

@@ -8,25 +8,27 @@ __all__ = ['PROBES', 'code_hash', 'lines_file', 'record_lines', 'step_lines', 'r
 # %% ../../nbs/07r_memory.cache.ipynb #b67ae5c1
 from ..core import CarnbError, ConfigError, load_npz, runs_dir, save_npz # before torch: see OMP_WAIT_POLICY there
 from ..params import file_hash
-import contextlib, functools, hashlib, inspect, os, sys, warnings
+import contextlib, functools, hashlib, os, sys, warnings
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 import timm, torch
-from ..backbones import create_model
 from .autocast import DeviceRules
 from .count import StorageCounter
 from .lines import Lines, lines_through
+from .network import CLASSIFIER
 from .step import record_step
-from ..pooling import replace_pooling
 
 # %% ../../nbs/07r_memory.cache.ipynb #19e2c9b0
-_MAKERS = (StorageCounter, DeviceRules, record_step, lines_through, create_model, replace_pooling)
+_MAKERS = (StorageCounter, DeviceRules, record_step, lines_through)
 
 @functools.cache
-def code_hash()->str:
-    "Hash of the modules that the lines come from"
-    text = ''.join(file_hash(inspect.getsourcefile(f)) for f in _MAKERS)
+def code_hash(
+    network=CLASSIFIER, # what the step is made of
+)->str:
+    "Hash of the modules that the lines come from; what was defined in a notebook has none"
+    modules = [sys.modules[f.__module__] for f in (*_MAKERS, type(network), *network.makers)]
+    text = ''.join(file_hash(m.__file__) for m in modules if getattr(m, '__file__', None))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../../nbs/07r_memory.cache.ipynb #95eed3cf
@@ -35,7 +37,7 @@ def lines_file(
     cut:bool, # as a part of a larger batch
 )->Path:
     "Where the lines of a step are kept"
-    key = repr((s, cut, torch.__version__, timm.__version__, code_hash()))
+    key = repr((s, cut, torch.__version__, timm.__version__, code_hash(s.network)))
     return runs_dir()/'.cache/memory'/f'{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz'
 
 # %% ../../nbs/07r_memory.cache.ipynb #9762f912

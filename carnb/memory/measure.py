@@ -8,10 +8,9 @@ __all__ = ['real_steps', 'measure_here', 'measure_step']
 # %% ../../nbs/07t_memory.measure.ipynb #8ab6e6fd
 from ..machine import peak_resident, pick_device
 from ..core import runs_dir, write_csv # before torch: see OMP_WAIT_POLICY there
-import contextlib, datetime, json, platform, subprocess, sys
-import numpy as np, pandas as pd, timm, torch, torch.nn.functional as F
+import base64, contextlib, datetime, json, pickle, platform, subprocess, sys
+import numpy as np, pandas as pd, timm, torch
 from filelock import FileLock
-from ..backbones import create_model
 from .autocast import DTYPES
 from .peak import predict_peak
 from .settings import StepSettings
@@ -26,18 +25,16 @@ def real_steps(
 ):
     "Real steps; yields after forward, backward and step"
     order = torch.channels_last if s.channels_last else torch.contiguous_format
-    kw = dict(pooling=s.pooling, drop_path=s.drop_path, head=s.head, grad_checkpointing=s.grad_checkpointing)
-    model = create_model(s.arch, s.n_classes, s.img_size, pretrained=False, **kw)
-    model = model.to(device, memory_format=torch.channels_last if s.channels_last else torch.preserve_format).train()
+    model = s.network.model(s).to(device, memory_format=torch.channels_last if s.channels_last else torch.preserve_format).train()
     opt = build_optimizer(s, model)
     average = [t.detach().clone() for t in model.state_dict().values()] if s.ema else None  # alive until the end
     x = torch.zeros(batch, 3, *s.img_size, device=device).contiguous(memory_format=order)
-    y = torch.zeros(batch, dtype=torch.long, device=device)
+    y = s.network.targets(s, batch, device)
     cast = torch.autocast(device.type, DTYPES[s.precision]) if s.precision != 'fp32' else contextlib.nullcontext()
     for _ in range(steps):
         with cast:
             logits = logits_of(model, x)
-            loss = F.cross_entropy(logits.float(), y, label_smoothing=.1)
+            loss = s.network.loss(logits, y)
         yield 'forward'
         loss.backward()
         yield 'backward'
@@ -85,17 +82,17 @@ def measure_here(
 
 # %% ../../nbs/07t_memory.measure.ipynb #688338c0
 def _answer(ask):
-    "What the process of `measure_step` runs"
-    device = torch.device(ask['on'])
-    s = StepSettings(**ask['step']).resolved()
-    print('measured: ' + json.dumps(measure_here(s, ask['batch_size'], device)), flush=True)
+    "What the process of `measure_step` runs: the step with all its records, the photos, the device"
+    step, batch, on = pickle.loads(base64.b64decode(ask))
+    print('measured: ' + json.dumps(measure_here(step, batch, torch.device(on))), flush=True)
 
 # %% ../../nbs/07t_memory.measure.ipynb #52d0021c
-_CODE = 'import json, sys; from carnb.memory.measure import _answer; _answer(json.loads(sys.argv[1]))'
+_CODE = 'import sys; from carnb.memory.measure import _answer; _answer(sys.argv[1])'
 
-def _in_a_process(ask, timeout):
+def _in_a_process(step, batch, on, timeout):
     "What the process said, or the last line of its error"
-    done = subprocess.run([sys.executable, '-c', _CODE, json.dumps(ask)], capture_output=True, text=True, timeout=timeout)
+    ask = base64.b64encode(pickle.dumps((step, batch, on))).decode()
+    done = subprocess.run([sys.executable, '-c', _CODE, ask], capture_output=True, text=True, timeout=timeout)
     said = [l for l in done.stdout.splitlines() if l.startswith('measured: ')]
     if said: return json.loads(said[-1].removeprefix('measured: '))
     errors = [l for l in done.stderr.splitlines() if l.strip()] or [f'exit {done.returncode}']
@@ -123,12 +120,12 @@ def measure_step(
     "Real steps in a process of their own, beside the prediction; what does not fit is a row, too"
     device = pick_device(device) if isinstance(device, str) else device
     predicted = predict_peak(arch, img_size, batch_size, precision, device=device.type, **settings)
-    step = dict(arch=arch, img_size=list(predicted.size), precision=precision, device=device.type, **settings)
-    said = _in_a_process(dict(step=step, batch_size=predicted.batch_size, on=str(device)), timeout)
+    step = StepSettings(arch, predicted.size, precision, device=device.type, **settings).resolved()
+    said = _in_a_process(step, predicted.batch_size, str(device), timeout)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
     row = dict(time=datetime.datetime.now().isoformat(timespec='seconds'), device=device.type, name=name,
                torch=torch.__version__, timm=timm.__version__, arch=predicted.arch, px='{},{}'.format(*predicted.size),
-               batch=predicted.batch_size, precision=precision, settings=json.dumps(settings), predicted=predicted.allocated,
+               batch=predicted.batch_size, precision=precision, settings=json.dumps(settings, default=repr), predicted=predicted.allocated,
                total=predicted.total, **{k: said.get(k) for k in ('allocated', 'reserved', 'context', 'error')})
     row['ratio'] = row['allocated']/row['predicted'] if row['allocated'] else None
     if save: _add_row(row)

@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import AttrDict
-from ..presets import find_preset
 from .cache import step_lines
 from .count import ACTIVATIONS, PARTS
+from .network import CLASSIFIER
 from .settings import GB, GIB, OVERHEAD, StepSettings, memory_problems, parse_bytes, unknown_settings
 
 # %% ../../nbs/07s_memory.peak.ipynb #dbd05cd9
@@ -75,10 +75,12 @@ def predict_peak(
     **settings # further ones of `StepSettings`: ema, grad_checkpointing, freeze, views, ...
 )->Peak:
     "Peak memory of a step, without the device; `ConfigError` names all that is wrong"
-    problems = memory_problems(arch, img_size, batch_size, precision, optimizer, device, accumulation=accumulation, n_classes=n_classes)
+    network = settings.get('network', CLASSIFIER)
+    problems = memory_problems(
+        arch, img_size, batch_size, precision, optimizer, device, accumulation=accumulation, n_classes=n_classes, network=network)
     raise_problems('the memory cannot be predicted', problems + unknown_settings(settings), ConfigError)
     step = StepSettings(arch, img_size, precision, optimizer, n_classes, device, train, **settings)
-    return peak_of(step, batch_size or find_preset(arch).batch_size, accumulation)
+    return peak_of(step, batch_size or network.own(arch)[1], accumulation)
 
 # %% ../../nbs/07s_memory.peak.ipynb #08493072
 def room_for_tensors(
@@ -102,7 +104,7 @@ def largest_of(
 # %% ../../nbs/07s_memory.peak.ipynb #0fd4d6b7
 def _checked_step(arch, img_size, batch_size, budget, margin, settings):
     "The settings of a step and the budget in bytes; `ConfigError` for what cannot be asked"
-    checked = {k: v for k,v in settings.items() if k in ('precision', 'optimizer', 'device', 'n_classes')}
+    checked = {k: v for k,v in settings.items() if k in ('precision', 'optimizer', 'device', 'n_classes', 'network')}
     problems = memory_problems(arch, img_size, batch_size, budget=budget, **checked)
     if not 0 <= margin < 1: problems.append(f'margin: {margin}; expected 0 to less than 1')
     raise_problems('no batch can be chosen', problems + unknown_settings(settings), ConfigError)
@@ -148,4 +150,4 @@ def fit_batch(
 )->AttrDict: # as of `fit_of`
     "The wanted batch in the fewest equal parts that fit; `ConfigError` names all that is wrong"
     step, budget = _checked_step(arch, img_size, batch_size, budget, margin, settings)
-    return fit_of(step, batch_size or find_preset(arch).batch_size, budget, margin)
+    return fit_of(step, batch_size or step.network.own(arch)[1], budget, margin)

@@ -12,10 +12,10 @@ import functools, re
 from dataclasses import dataclass, fields, replace
 import numpy as np, torch
 from timm.optim import list_optimizers
-from ..backbones import create_model, size_problem
 from ..presets import find_preset
 from ..canvas import canvas
 from .autocast import ATTENTION, DTYPES
+from .network import CLASSIFIER, Classifier
 
 # %% ../../nbs/07o_memory.settings.ipynb #38214ddc
 GB, GIB = 10**9, 2**30
@@ -58,12 +58,13 @@ class StepSettings:
     head: str = 'linear' # see `create_model`
     drop_path: float|None = None # stochastic depth; None: the preset's
     attention: str|None = None # fused or math; None: what the device takes
+    network: Classifier = CLASSIFIER # what it is made of, see `memory.network`
 
     def resolved(self):
         "The same step with every None answered, and what it does not look at set to a neutral value"
         preset = find_preset(self.arch)
         answers = dict(
-            arch=preset.arch, img_size=tuple(canvas(self.img_size or preset.img_size)), validate=float(self.validate),
+            arch=preset.arch, img_size=tuple(canvas(self.img_size or self.network.own(self.arch)[0])), validate=float(self.validate),
             foreach=self.device == 'cuda' if self.foreach is None else self.foreach,
             drop_path=preset.drop_path if self.drop_path is None else self.drop_path,
             attention=self.attention or ATTENTION[self.device])
@@ -79,13 +80,13 @@ def unknown_settings(
     return [f'{k}: unknown{did_you_mean(k, known)}' for k in names if k not in known]
 
 # %% ../../nbs/07o_memory.settings.ipynb #41efa194
-def _size_problems(img_size, preset):
-    "What is wrong with the size of the canvas for a preset (None: an unknown one)"
+def _size_problems(img_size, own, arch, network):
+    "What is wrong with the size of the canvas; `own`: the network's, `arch`: its timm name or None where it is unknown"
     said = [f'img_size: {img_size!r}; expected a number of px or h,w']
-    try: size = canvas(img_size or (preset.img_size if preset else 224))
+    try: size = canvas(img_size or own)
     except (TypeError, ValueError): return said
     if min(size) < 1: return said
-    problem = size_problem(preset.arch, size) if preset else None
+    problem = network.size_problem(arch, size) if arch else None
     if problem: return [problem]
     return [f'img_size: {img_size}; expected at least 32 px a side'] if min(size) < 32 else []
 
@@ -115,21 +116,22 @@ def weight_bytes(
     arch:str, # timm name
     size:tuple, # (h, w)
     n_classes:int, # outputs
+    network=CLASSIFIER, # what the step is made of
 )->int:
     "Bytes of a model's weights and buffers"
-    with torch.device('meta'): m = create_model(arch, n_classes, size, pretrained=False)
+    with torch.device('meta'): m = network.model(StepSettings(arch, size, n_classes=n_classes, network=network).resolved())
     return sum(t.numel()*t.element_size() for t in (*m.parameters(), *m.buffers()))
 
 # %% ../../nbs/07o_memory.settings.ipynb #54f5a64f
-def _budget_problems(budget, preset, img_size, n_classes):
-    "A budget that is no amount, or less than the weights; without a preset only the first can be said"
+def _budget_problems(budget, arch, size, n_classes, network):
+    "A budget that is no amount, or less than the weights; without an arch (timm name) only the first can be said"
     if budget is None: return []
     try: budget = parse_bytes(budget)
     except ValueError as e: return [f'budget: {e}']
-    if preset is None: return []
-    weights = weight_bytes(preset.arch, canvas(img_size or preset.img_size), n_classes)
+    if arch is None: return []
+    weights = weight_bytes(arch, canvas(size), n_classes, network)
     if budget >= weights: return []
-    return [f'budget: {budget/GB:.3g} GB is less than the weights of {preset.arch} alone ({weights/GB:.3g} GB); '
+    return [f'budget: {budget/GB:.3g} GB is less than the weights of {arch} alone ({weights/GB:.3g} GB); '
             'take a smaller model or more memory']
 
 # %% ../../nbs/07o_memory.settings.ipynb #5fc585e1
@@ -143,15 +145,16 @@ def memory_problems(
     budget=None, # bytes or text
     accumulation=1,
     n_classes=396,
+    network=CLASSIFIER, # what the step is made of
 )->list[str]:
     "Everything that is wrong with a question, without building the whole answer"
-    p, preset = [], None
-    try: preset = find_preset(arch)
+    p, name, own = [], None, 224
+    try: name, own = find_preset(arch).arch, network.own(arch)[0]
     except ConfigError as e: p.append(str(e))
-    p += _size_problems(img_size, preset)
+    p += _size_problems(img_size, own, name, network)
     p += _choice_problems([('precision', precision, DTYPES), ('device', device, OVERHEAD), ('optimizer', optimizer, list_optimizers())])
     p += _count_problems(batch_size, accumulation, n_classes)
-    return p + _budget_problems(budget, None if p else preset, img_size, n_classes)
+    return p + _budget_problems(budget, None if p else name, img_size or own, n_classes, network)
 
 # %% ../../nbs/07o_memory.settings.ipynb #57e9c0de
 def step_problems(
@@ -162,4 +165,4 @@ def step_problems(
 )->list[str]:
     "Everything that is wrong with a record of settings"
     return memory_problems(step.arch, step.img_size, batch_size, step.precision, step.optimizer, step.device, budget,
-                           accumulation, step.n_classes)
+                           accumulation, step.n_classes, step.network)

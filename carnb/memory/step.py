@@ -10,10 +10,9 @@ __all__ = ['BLOCKS', 'build_model', 'build_optimizer', 'photos', 'logits_of', 'f
 from ..core import ConfigError # before torch: see OMP_WAIT_POLICY there
 import gc, math, warnings
 from types import SimpleNamespace
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch
 from timm.optim import create_optimizer_v2
 from torch import nn
-from ..backbones import create_model
 from ..optimizers import group_wds, split_params
 from .autocast import DeviceRules
 from .count import (ACTIVATIONS, BACKWARD, EMA, FORWARD, GRADIENTS, OPTIMIZER, STEP, TEMPORARY, VALIDATION, WEIGHTS,
@@ -24,15 +23,13 @@ def build_model(
     s, # resolved `StepSettings`
 )->nn.Module:
     "The model of a step on the meta device"
-    kw = dict(size=s.img_size, pretrained=False, pooling=s.pooling, drop_path=s.drop_path, head=s.head,
-              grad_checkpointing=s.grad_checkpointing)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try:
-            with torch.device('meta'): model = create_model(s.arch, s.n_classes, **kw)
+            with torch.device('meta'): model = s.network.model(s)
         except ConfigError as e:
             if 'meta' not in str(e) and 'item()' not in str(e): raise
-            model = create_model(s.arch, s.n_classes, **kw).to('meta')
+            model = s.network.model(s).to('meta')
     return model.to(memory_format=torch.channels_last) if s.channels_last else model
 
 # %% ../../nbs/07p_memory.step.ipynb #6045b9d9
@@ -94,10 +91,10 @@ def _average(model, counter):
 def _forward(s, batch, model, counter, rules, alive):
     "Photos, logits and loss; what is alive afterwards waits for the backward pass"
     counter.part, counter.phase = ACTIVATIONS, FORWARD
-    alive.x, alive.y = photos(s, batch), torch.empty(batch, dtype=torch.long, device='meta')
+    alive.x, alive.y = photos(s, batch), s.network.targets(s, batch, 'meta')
     with rules:
         alive.logits = logits_of(model, alive.x)
-        alive.loss = F.cross_entropy(alive.logits.float(), alive.y, label_smoothing=.1)
+        alive.loss = s.network.loss(alive.logits, alive.y)
 
 # %% ../../nbs/07p_memory.step.ipynb #b82532cb
 def _backward(s, loss, counter, rules):

@@ -9,9 +9,9 @@ __all__ = ['DEVICES', 'CLAIMS', 'how_safe', 'device_rows', 'study', 'plot_study'
 from ..core import ConfigError, raise_problems # before torch: see OMP_WAIT_POLICY there
 import itertools
 import numpy as np, pandas as pd
-from ..presets import PRESETS, find_preset
 from .cache import record_all
 from .peak import largest_of, peak_of
+from .network import CLASSIFIER
 from .settings import GIB, OVERHEAD, StepSettings, memory_problems, unknown_settings
 
 # %% ../../nbs/07u_memory.study.ipynb #cbdf3d03
@@ -52,14 +52,15 @@ def _study_problems(archs, devices, precision, settings):
     "Unknown devices, settings and models"
     p = [f'devices: kind {k!r} of {n}; expected {", ".join(OVERHEAD)}' for n,(k,_) in devices.items() if k not in OVERHEAD]
     p += unknown_settings(settings)
-    checked = dict(precision='fp32' if precision == 'auto' else precision, optimizer=settings.get('optimizer', 'adamw'))
+    checked = {k: settings[k] for k in ('optimizer', 'network') if k in settings}
+    checked['precision'] = 'fp32' if precision == 'auto' else precision
     for a in archs: p += memory_problems(a, **checked)
     return list(dict.fromkeys(p))
 
 # %% ../../nbs/07u_memory.study.ipynb #885e90c7
-def _own_sizes(arch, sizes):
-    "Sizes of one model: `own` is its preset's"
-    own = find_preset(arch).img_size
+def _own_sizes(arch, sizes, network=CLASSIFIER):
+    "Sizes of one model: `own` is what a person starts from"
+    own = network.own(arch)[0]
     return list(dict.fromkeys(own if s == 'own' else s for s in (sizes or ['own'])))
 
 # %% ../../nbs/07u_memory.study.ipynb #07u10001
@@ -75,14 +76,14 @@ def _precision_on(kind, precision):
     return 'bf16' if kind == 'cuda' else 'fp32'
 
 # %% ../../nbs/07u_memory.study.ipynb #07u10004
-def _step_problems(sizes, batches):
+def _step_problems(sizes, batches, network=CLASSIFIER):
     "Sizes (model -> pixels) and batches that a model cannot take, each said once"
     asked = [(a, px, b) for a,own in sizes.items() for px in own for b in batches or [None]]
-    return list(dict.fromkeys(p for o in asked for p in memory_problems(*o)))
+    return list(dict.fromkeys(p for o in asked for p in memory_problems(*o, network=network)))
 
 # %% ../../nbs/07u_memory.study.ipynb #a08e64f8
 def study(
-    archs=None, # preset keys or timm names; None: all presets
+    archs=None, # preset keys or timm names; None: all presets of the network
     sizes=(), # px, 'h,w', or own: the model's own; none: own
     batches=(), # photos per step; none: each model's own
     devices=None, # names in DEVICES, or a mapping name -> (kind, usable GiB); None: all
@@ -93,17 +94,18 @@ def study(
     **settings # of `StepSettings`: optimizer, ema, grad_checkpointing ...
 )->pd.DataFrame: # arch, px, batch, device, gib, verdict, largest (batch that is safe)
     "A row per model, size, batch and device; all impossible ones are named before anything is computed"
-    archs, devices = list(archs or PRESETS), _kinds_of(devices)
+    network = settings.get('network', CLASSIFIER)
+    archs, devices = list(archs or network.archs()), _kinds_of(devices)
     raise_problems('the study cannot be made', _study_problems(archs, devices, precision, settings), ConfigError)
-    own_sizes = {a: _own_sizes(a, sizes) for a in archs}
-    raise_problems('the study cannot be made', _step_problems(own_sizes, batches), ConfigError)
+    own_sizes = {a: _own_sizes(a, sizes, network) for a in archs}
+    raise_problems('the study cannot be made', _step_problems(own_sizes, batches, network), ConfigError)
 
     def step(a, px, kind): return StepSettings(a, px, _precision_on(kind, precision), device=kind, **settings)
     kinds = {kind for kind,_ in devices.values()}
     record_all([(step(a, px, kind).resolved(), False) for a in archs for px in own_sizes[a] for kind in sorted(kinds)])
     rows = []
     for a in progress(archs) if progress else archs:
-        own_batches = batches or [find_preset(a).batch_size]
+        own_batches = batches or [network.own(a)[1]]
         for px,(name,(kind,usable)) in itertools.product(own_sizes[a], devices.items()):
             rows += device_rows(step(a, px, kind), own_batches, name, usable*GIB, safe, borderline)
     return pd.DataFrame(rows)

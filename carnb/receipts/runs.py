@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECODE', 'TEXT_CONTRADICTIONS', 'TEXT_CHOICES', 'TEXT_PROBLEM', 'decoding_of', 'words_of', 'text_scores', 'TextMaps',
-           'score_of_run', 'foreign_contradict', 'detector_contradicts', 'memory_contradicts', 'db_loss_numbers',
-           'page_multiple', 'text_loaders', 'text_model', 'bare_detector', 'text_loss']
+           'score_of_run', 'foreign_contradict', 'detector_contradicts', 'db_loss_numbers', 'page_multiple',
+           'text_loaders', 'text_model', 'bare_detector', 'text_loss']
 
 # %% ../../nbs/08r_receipts.runs.ipynb #rr0003
 from ..core import ConfigError, load_npz, save_npz  # before torch: see OMP_WAIT_POLICY there
@@ -20,6 +20,7 @@ from .decode import Decoding, decode, decoding_problems
 from .items import T_MAX, T_MIN, byte_maps
 from .letterbox import Letterbox
 from .loss import DBLoss, db_loss_problems
+from .memory import DetectorStep
 from .model import STRIDES, canvas_problem, create_detector, detector_problems
 from .score import DETECTION_METRICS
 
@@ -114,12 +115,6 @@ def detector_contradicts(cfg)->list[str]:
     except ConfigError as e: problems += [f'augmentation: {o}' for o in e._problems or [str(e)]]
     return problems
 
-# %% ../../nbs/08r_receipts.runs.ipynb #rr0021
-def memory_contradicts(cfg)->list[str]:
-    "The memory study knows classifiers"
-    if not cfg.get('fit_memory'): return []
-    return ['batch_size, memory_budget: the memory of a detector cannot be predicted yet; give a number for batch_size, and accumulation']
-
 # %% ../../nbs/08r_receipts.runs.ipynb #rr0023
 def db_loss_numbers(
     name:str='db', # there is one
@@ -135,7 +130,7 @@ def page_multiple(
     return STRIDES[-1]
 
 # %% ../../nbs/08r_receipts.runs.ipynb #rr0026
-TEXT_CONTRADICTIONS = foreign_contradict, detector_contradicts, memory_contradicts # resolved configuration -> list of sentences, each
+TEXT_CONTRADICTIONS = foreign_contradict, detector_contradicts # resolved configuration -> list of sentences, each
 TEXT_CHOICES = Choices(
     losses=dict(db=DBLoss), loss_numbers=db_loss_numbers, augmentation=page_transform, multiple=page_multiple,
     options=dict(detector=dict(decoder='unet', width=64), decode=DECODE))
@@ -186,5 +181,5 @@ def text_loss(
 TEXT_PROBLEM = Problem(
     loaders=text_loaders, model=text_model, bare=bare_detector, loss=text_loss, file=TextMaps.file, score=score_of_run,
     valid=lambda cfg: TextMaps(cfg.metric, decoding_of(cfg.get('decode'))),
-    parts=lambda cfg, n_classes, device: cfg.accumulation,
+    network=lambda cfg: DetectorStep(**cfg.detector),
     leaves_out=('mixing', 'progressive', 'pictures'))
