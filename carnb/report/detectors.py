@@ -11,7 +11,7 @@ from ..core import DamagedFile, runs_dir, safe_name, write_csv  # before torch: 
 from dataclasses import replace
 import numpy as np, pandas as pd
 from ..disk import disk_errors
-from ..receipts.batches import Letterbox
+from ..receipts.letterbox import Letterbox
 from ..receipts.decode import decode, Decoding
 from ..receipts.runs import decoding_of
 from ..receipts.score import DETECTION_METRICS
