@@ -142,9 +142,13 @@ def choose_on(
     singles:bool=False, # only models alone
 )->Choice:
     "The best candidate on some pages"
-    counts = nested_counts(board, rows, parts)
-    scored = {c: board.metric.total(n).hmean for c,n in counts.items() if not singles or len(c.models) == 1}
-    return Choice(max(scored, key=scored.get), best_settings(board, rows))
+    settings, counts = best_settings(board, rows), nested_counts(board, rows, parts)
+    def same_pages(c): return board.metric.total(candidate_counts(board, c, settings, rows)).hmean
+    alone = [c for c in counts if len(c.models) == 1]
+    bar = max(map(same_pages, alone))
+    votes = [] if singles else [c for c in counts if len(c.models) > 1 and same_pages(c) >= bar]
+    scored = {c: board.metric.total(counts[c]).hmean for c in alone + votes}
+    return Choice(max(scored, key=scored.get), settings)
 
 # %% ../../nbs/12m_ensemble.voted.ipynb #tv0024
 def page_parts(
