@@ -100,7 +100,8 @@ def candidate_counts(
     if len(c.models) == 1: return board.counts[c.models[0]][settings[c.models[0]], rows]
     def of_page(i):
         key = i, settings, c.k
-        if key not in board.cache: board.cache[key] = board.metric.counts(voted_words(board, c, settings, i), board.pages.truths[i])
+        if key in board.cache: return board.cache[key]
+        board.cache[key] = board.metric.counts(voted_words(board, c, settings, i), board.pages.truths[i])
         return board.cache[key]
     return np.array([of_page(i) for i in np.asarray(rows).tolist()])
 
@@ -141,8 +142,13 @@ def choose_on(
     singles:bool=False, # only models alone
 )->Choice:
     "The best candidate on some pages"
-    scored = {c: board.metric.total(n).hmean for c,n in nested_counts(board, rows, parts).items() if not singles or len(c.models) == 1}
-    return Choice(max(scored, key=scored.get), best_settings(board, rows))
+    settings, counts = best_settings(board, rows), nested_counts(board, rows, parts)
+    def same_pages(c): return board.metric.total(candidate_counts(board, c, settings, rows)).hmean
+    alone = [c for c in counts if len(c.models) == 1]
+    bar = max(map(same_pages, alone))
+    votes = [] if singles else [c for c in counts if len(c.models) > 1 and same_pages(c) >= bar]
+    scored = {c: board.metric.total(counts[c]).hmean for c in alone + votes}
+    return Choice(max(scored, key=scored.get), settings)
 
 # %% ../../nbs/12m_ensemble.voted.ipynb #tv0024
 def page_parts(
@@ -152,7 +158,8 @@ def page_parts(
     "Folds where there are at least two, else up to five parts that keep groups together"
     if len(set(pages.folds)) > 1: return np.unique(pages.folds, return_inverse=True)[1]
     _, g = np.unique(pages.groups, return_inverse=True)
-    if not g.max(): raise DataError('all pages are of one group: nothing can be chosen on some and scored on others; train on more pages')
+    why = 'all pages are of one group: nothing can be chosen on some and scored on others; train on more pages'
+    if not g.max(): raise DataError(why)
     return (np.random.default_rng(seed).permutation(g.max()+1) % min(5, g.max()+1))[g]
 
 # %% ../../nbs/12m_ensemble.voted.ipynb #tv0026
@@ -199,7 +206,8 @@ def candidates_table(
     "Scores of all candidates with intervals"
     rows, every = [], np.arange(len(board))
     for c,n in nested_counts(board, every, parts).items():
-        same, i = candidate_counts(board, c, choice.settings, every), board.metric.interval(n, None, board.pages.groups, n_boot, seed)
+        same = candidate_counts(board, c, choice.settings, every)
+        i = board.metric.interval(n, None, board.pages.groups, n_boot, seed)
         scores = dict(same_photos=board.metric.total(same).hmean, nested=i.mean, low=i.low, high=i.high)
         rows.append(dict(combination=c.name, **scores, note='chosen' if c == choice.candidate else ''))
     return pd.DataFrame(rows).sort_values('nested', ascending=False, kind='stable', ignore_index=True)
@@ -211,9 +219,9 @@ def thresholds_table(
     board:Board,
 )->pd.DataFrame: # model, what varies, hmean, precision, recall; best first
     "The score of each model under each setting, on all pages"
-    rows = []
-    for name,settings,counts in zip(board.pages.names, board.settings, board.counts):
-        for s,c in zip(settings, counts): rows.append(dict(model=name) | {k: getattr(s, k) for k in SETTING_FIELDS} | board.metric.total(c)._asdict())
+    def row(name, s, counts): return dict(model=name) | {k: getattr(s, k) for k in SETTING_FIELDS} | board.metric.total(counts)._asdict()
+    models = zip(board.pages.names, board.settings, board.counts)
+    rows = [row(name, s, c) for name,settings,counts in models for s,c in zip(settings, counts)]
     table = pd.DataFrame(rows)
     fixed = [k for k in SETTING_FIELDS[2:] if table[k].astype(str).nunique() == 1] # the thresholds are always told
     return table.drop(columns=fixed).sort_values('hmean', ascending=False, kind='stable', ignore_index=True)
@@ -245,7 +253,7 @@ def choose_words(
     choices = nested_choice_of_words(board, parts)
     ours, theirs = chosen_counts(board, choices), chosen_counts(board, nested_choice_of_words(board, parts, singles=True))
     by = board.pages.groups, n_boot, seed
-    return AttrDict(
-        choice=choice, choices=choices, single=single.candidate.name, single_score=m.total(theirs).hmean,
-        same=candidate_counts(board, *choice, every), counts=ours, expected=m.interval(ours, None, *by),
-        difference=m.interval(ours, theirs, *by), table=candidates_table(board, parts, choice, n_boot, seed), thresholds=thresholds_table(board))
+    scores = dict(expected=m.interval(ours, None, *by), difference=m.interval(ours, theirs, *by), single_score=m.total(theirs).hmean)
+    tables = dict(table=candidates_table(board, parts, choice, n_boot, seed), thresholds=thresholds_table(board))
+    same = candidate_counts(board, *choice, every)
+    return AttrDict(scores | tables, choice=choice, choices=choices, single=single.candidate.name, same=same, counts=ours)

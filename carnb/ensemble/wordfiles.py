@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OOF_WORDS', 'TEST_WORDS', 'WORDS_NEEDED', 'k_files', 'map_inputs', 'words_folder', 'write_words', 'words_problems',
-           'read_words_ensemble']
+           'words_file_problems', 'read_words_ensemble']
 
 # %% ../../nbs/12n_ensemble.wordfiles.ipynb #tw0002
 import hashlib, json
@@ -59,8 +59,9 @@ def write_words(
         write_record(out/'ensemble.json', summary)
 
 # %% ../../nbs/12n_ensemble.wordfiles.ipynb #tw0010
-WORDS_NEEDED = dict(members=list, votes=dict, metric=str, scores=dict, best_single=dict, difference=dict, thresholds=list, inputs=dict,
-                    files=dict, n_photos=int, n_test=int, key=str)
+WORDS_NEEDED = dict(
+    members=list, votes=dict, metric=str, scores=dict, best_single=dict, difference=dict, thresholds=list, inputs=dict, files=dict,
+    n_photos=int, n_test=int, key=str)
 
 def words_problems(
     summary:dict, # of `ensemble.json`
@@ -70,20 +71,28 @@ def words_problems(
     return [f'{k}: expected {t.__name__}, not {type(summary.get(k)).__name__}' for k,t in wrong]
 
 # %% ../../nbs/12n_ensemble.wordfiles.ipynb #tw0011
+def words_file_problems(
+    folder, # of an ensemble
+    files:dict, # name -> digest
+)->list[str]:
+    "Files of words that are not there, or not those that the record names"
+    lost = [f'{folder/f} is not there' for f in files if not (folder/f).is_file()]
+    apart = [f for f,digest in files.items() if (folder/f).is_file() and file_digest(folder/f) != digest]
+    why = 'not as ensemble.json says (changed, or a vote was interrupted while it was written)'
+    return lost + ([f'{folder}: {", ".join(apart)} {why}'] if apart else [])
+
+# %% ../../nbs/12n_ensemble.wordfiles.ipynb #tw0012
 def read_words_ensemble(
     experiment:str, # name below `runs/`
 )->AttrDict: # summary (`ensemble.json`), oof and test (page -> polygons; test is None before `carnb predict`)
     "The result of `carnb ensemble` for text detection, whole and of one piece; else `DamagedFile` says what to do"
     folder, anew = words_folder(experiment), f'carnb ensemble -p experiment {experiment} makes it anew'
-    if not (folder/'ensemble.json').exists(): raise DamagedFile(f'{folder/"ensemble.json"} is not there; {anew}')
-    try: summary = read_record(folder/'ensemble.json')
+    record = folder/'ensemble.json'
+    if not record.exists(): raise DamagedFile(f'{record} is not there; {anew}')
+    try: summary = read_record(record)
     except DamagedFile as e: raise DamagedFile(f'{e}. {anew}') from None
-    if summary.get('kind') != 'text': raise DataError(f'{folder/"ensemble.json"}: of {summary.get("kind")}, expected the vote of a text detection')
-    wrong = [f'{folder/"ensemble.json"}: {p}' for p in words_problems(summary)]
-    files = {} if wrong else summary['files']
-    wrong += [f'{folder/f} is not there' for f in files if not (folder/f).is_file()]
-    apart = [f for f,digest in files.items() if (folder/f).is_file() and file_digest(folder/f) != digest]
-    if apart: wrong.append(f'{folder}: {", ".join(apart)} not as ensemble.json says (changed, or a vote was interrupted while it was written)')
+    if summary.get('kind') != 'text': raise DataError(f'{record}: of {summary.get("kind")}, expected the vote of a text detection')
+    wrong = [f'{record}: {p}' for p in words_problems(summary)] or words_file_problems(folder, summary['files'])
     if wrong: raise DamagedFile(f'{"; ".join(wrong)}. {anew}')
-    test = read_predictions(folder/TEST_WORDS) if TEST_WORDS in files else None
+    test = read_predictions(folder/TEST_WORDS) if TEST_WORDS in summary['files'] else None
     return AttrDict(summary=summary, oof=read_predictions(folder/OOF_WORDS), test=test)

@@ -43,8 +43,9 @@ def canvas_of_run(v, run):
 # %% ../../nbs/11e_predict.maps.ipynb #pm0006
 TEST_MAPS = 'test_maps.npz' # maps of the test pages
 
-FILE_KINDS[TEST_MAPS] = FileKind(FILE_KINDS[TextMaps.file].read, (
-    FILE_KINDS[TextMaps.file].fields | dict(photos=Field('strings', ('n',)), weights=Field('strings'))), (canvas_of_run,), PREDICT_AGAIN)
+_made_from = dict(photos=Field('strings', ('n',)), weights=Field('strings'))
+_oof = FILE_KINDS[TextMaps.file]
+FILE_KINDS.update({TEST_MAPS: FileKind(_oof.read, _oof.fields | _made_from, (canvas_of_run,), PREDICT_AGAIN)})
 
 # %% ../../nbs/11e_predict.maps.ipynb #pm0008
 class SeenPages(PhotoDataset):
@@ -98,7 +99,8 @@ def page_maps(
         found.add(logits, None, None)
         sizes.append(size.cpu().numpy())
     lost, n = found.lost()
-    if lost: raise CarnbError(f'predicts NaN for {lost} of {n} pages; train it again with a smaller lr, or leave its fold out')
+    do = 'train it again with a smaller lr, or leave its fold out'
+    if lost: raise CarnbError(f'predicts NaN for {lost} of {n} pages; {do}')
     return dict(ids=items.id.to_numpy(str), sizes=np.concatenate(sizes), maps=found.maps)
 
 # %% ../../nbs/11e_predict.maps.ipynb #pm0019
@@ -234,9 +236,9 @@ def write_bars(
 
 # %% ../../nbs/11e_predict.maps.ipynb #pm0030
 TINY_PAGES = dict(
-    task='receipts', arch='resnet10t', img_size='96,64', detector=dict(decoder='fpn', width=8), decode=dict(thresh=.3, box_thresh=.4),
-    augmentation=dict(zoom=1., rotate=0., color=0.), n_folds=2, epochs=2, batch_size=1, lr=6e-3, schedule='constant', warmup=0., ema=0., pretrained=False,
-    device='cpu', num_workers=0, tracking=[], checkpoint_minutes=1e3)
+    task='receipts', arch='resnet10t', img_size='96,64', pretrained=False, detector=dict(decoder='fpn', width=8),
+    decode=dict(thresh=.3, box_thresh=.4), augmentation=dict(zoom=1., rotate=0., color=0.), n_folds=2, epochs=2, batch_size=1, lr=6e-3,
+    schedule='constant', warmup=0., ema=0., device='cpu', num_workers=0, tracking=[], checkpoint_minutes=1e3)
 
 def tiny_pages()->str: # name of the experiment
     "A finished experiment of text detection with predictions, small enough for tests: two models (seeds), two folds"
