@@ -24,7 +24,7 @@ from ..records import file_digest
 from ..run import read_file
 
 # %% ../../nbs/12l_ensemble.pages.ipynb #tp0005
-def _number(v):
+def _as_number(v):
     "A number that was written as text, as a command line gives it"
     try: return float(v) if isinstance(v, str) else v
     except ValueError: return v
@@ -36,7 +36,7 @@ def settings_of(
 )->list[Decoding]: # the model's own first
     "Settings that compete for a model"
     base = decoding_of(own)
-    grid = grid_of(base, **{k: [_number(v) for v in vs] for k,vs in over.items()})
+    grid = grid_of(base, **{k: [_as_number(v) for v in vs] for k,vs in over.items()})
     return [base, *[s for s in grid if s != base]]
 
 # %% ../../nbs/12l_ensemble.pages.ipynb #tp0009
@@ -125,7 +125,8 @@ def test_map_problems(
         return []
     photos = photo_hashes(comp)
     said = {h.run.name: stale_maps(h, comp, photos) if h.test else 'not there' for h in heads}
-    return [f'{n}: test maps: {why}; carnb predict -p experiment {heads[0].run.experiment} makes them' for n,why in said.items() if why]
+    do = f'carnb predict -p experiment {heads[0].run.experiment} makes them'
+    return [f'{n}: test maps: {why}; {do}' for n,why in said.items() if why]
 
 # %% ../../nbs/12l_ensemble.pages.ipynb #tp0020
 def size_problems(
@@ -146,8 +147,8 @@ def vote_problems(
     n:int, # runs that may vote
 )->list[str]:
     "Numbers of votes that cannot be"
-    whole = [isinstance(k, (int, np.integer)) and not isinstance(k, bool) for k in votes]
-    return [f'votes: {k!r}; expected whole numbers from 1 to {n}, the number of runs' for k,w in zip(votes, whole) if not w or not 1 <= k <= n]
+    def fine(k): return isinstance(k, (int, np.integer)) and not isinstance(k, bool) and 1 <= k <= n
+    return [f'votes: {k!r}; expected whole numbers from 1 to {n}, the number of runs' for k in votes if not fine(k)]
 
 # %% ../../nbs/12l_ensemble.pages.ipynb #tp0023
 def _asked(found, members, problems):
@@ -195,7 +196,8 @@ def lined_up_pages(heads, oof, table, common, comp, notes)->PageModels:
     polygons = comp.train.set_index('id').polygons
     tested = [h.test.ids for h in heads if h.test]
     return PageModels(
-        names=names, runs=[[h.run for h in heads if h.model == n] for n in names], ids=ids, truths=[list(polygons[i]) for i in ids],
+        names=names, runs=[[h.run for h in heads if h.model == n] for n in names],
+        ids=ids, truths=[list(polygons[i]) for i in ids],
         folds=np.array([fold[i] for i in ids]), groups=ids if table is None else table.group.reindex(ids).to_numpy(str),
         sizes={i: tuple(map(int, s)) for h in heads for p in filter(None, (h.oof, h.test)) for i,s in zip(p.ids, p.sizes)},
         test_ids=np.array(sorted(tested[0])) if tested else None, notes=notes)
