@@ -126,8 +126,9 @@ class DBLoss(nn.Module):
         t, wanted = logits[1].sigmoid(), n['t_min'] + (n['t_max']-n['t_min'])/255*targets[THRESHOLD].float()
         return bce, border_l1(t, wanted, targets[BORDER] > 0), dice(soft_step(p, t, n['k']), kernel, counted)
     def forward(self, logits, targets):
-        terms = self.terms(logits, targets)
-        losses = terms @ terms.new_tensor([self.numbers[k] for k in ('bce', 'l1', 'dice')])
+        with torch.autocast(logits.device.type, enabled=False): # in half precision the step overflows and the sum is coarse
+            terms = self.terms(logits, targets)
+            losses = terms @ terms.new_tensor([self.numbers[k] for k in ('bce', 'l1', 'dice')])
         return losses if self.reduction == 'none' else getattr(losses, self.reduction)()
     def divisor(self, targets):
         "What the mean divides by: the number of photos"
