@@ -11,7 +11,7 @@ __all__ = ['NO_BARS', 'HIDDEN', 'INLINE', 'LOADED', 'SAVING', 'READ_LATE', 'why_
 
 # %% ../../nbs/10g_engines.forks.ipynb #fk000003
 from ..identity import code_version  # before torch: see OMP_WAIT_POLICY in carnb.core
-import atexit, contextlib, gc, importlib, itertools, json, os, random, runpy, select, signal, socket, subprocess, sys, tempfile, threading, time
+import atexit, contextlib, gc, importlib, itertools, json, os, runpy, select, signal, socket, subprocess, sys, tempfile, threading, time
 from importlib.metadata import EntryPoint
 import numpy as np, psutil
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
@@ -89,7 +89,7 @@ def begin_anew(
     if not sys.flags.safe_path: sys.path[0] = os.getcwd() # as `python -m` has it
     tempfile.tempdir = None
     np.random.seed()
-    random.seed()
+    if 'torch' in sys.modules: sys.modules['torch'].default_generator.seed()
 
 # %% ../../nbs/10g_engines.forks.ipynb #fk000034
 def n_threads(
