@@ -131,7 +131,7 @@ def grouped(
 def used_values(
     params:dict, # given parameters of train
 )->dict: # name -> value and the layer that gives it
-    "What training would use for every parameter that is `None`"
+    "What training would use for every parameter that nothing was said of"
     import pandas as pd
     from carnb.settings import laid, resolve, train_config
     from carnb.tasks import get_task
@@ -139,7 +139,7 @@ def used_values(
     task, square = get_task(cfg.task), pd.DataFrame(dict(width=[1], height=[1])) # the photos are not looked at here
     full, (values, source) = resolve(cfg, task, square), laid(cfg, task)
     if values['aspect'] == 'auto': full.aspect = 'auto'
-    return {k: (full[k], source.get(k, '')) for k,v in cfg.items() if v is None and full.get(k) is not None}
+    return {k: (full[k], source.get(k, '')) for k,v in cfg.items() if (v is None or v == {}) and full.get(k) is not None}
 
 # %% ../nbs/17_cli.ipynb #cl000006
 def _shown(
@@ -147,7 +147,8 @@ def _shown(
     source:str='', # whose it is
 )->str: # ' [value; source]', or nothing when there is none
     if value is None or value in ([], {}, ''): return ''
-    written = ', '.join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, dict): written = '{' + ', '.join(f'{k}: {v}' for k,v in value.items()) + '}'
+    else: written = ', '.join(map(str, value)) if isinstance(value, list) else str(value)
     return f' [{written}; {source}]' if source else f' [{written}]'
 
 # %% ../nbs/17_cli.ipynb #cl35d
