@@ -7,7 +7,7 @@ __all__ = ['STEPS', 'loose_words', 'surer', 'member_decoding', 'photo_counts', '
            'detector_board', 'detector_board_table', 'threshold_curve', 'plot_precision_recall', 'plot_detector_curves']
 
 # %% ../../nbs/15j_report.detectors.ipynb #gv000003
-from ..core import DamagedFile, runs_dir, safe_name, write_csv  # before torch: see OMP_WAIT_POLICY there
+from ..core import runs_dir, safe_name, write_csv  # before torch: see OMP_WAIT_POLICY there
 from dataclasses import replace
 import numpy as np, pandas as pd
 from ..disk import disk_errors
@@ -104,7 +104,8 @@ def score_table(
     numbers = [c for c in order if not c.endswith(('_interval', '_drawn'))]
     heads = {'cleval': 'CLEval H-mean', 'iou': 'IoU H-mean'} | {f'{m}_interval': '95 % interval' for m in DETECTION_METRICS}
     heads |= {f'{m}_drawn': '' for m in DETECTION_METRICS} | {f'{m}_{s}': s for m in DETECTION_METRICS for s in ('precision', 'recall')}
-    return table(t[[*first, *order, 'photos']], dict.fromkeys(numbers, number) | {f'{m}_drawn': (lambda v: v) for m in DETECTION_METRICS}, heads)
+    shows = dict.fromkeys(numbers, number) | {f'{m}_drawn': (lambda v: v) for m in DETECTION_METRICS}
+    return table(t[[*first, *order]], shows, heads)
 
 # %% ../../nbs/15j_report.detectors.ipynb #gv000018
 def detector_board(
@@ -131,12 +132,12 @@ def detector_board_table(t:pd.DataFrame): # `Markup`
     "The leaderboard for a page"
     shows = dict.fromkeys(('cleval', 'iou', 'iou_precision', 'iou_recall', 'train_loss', 'val_loss'), number) | dict(run=lambda v: link(f'{v}/', v))
     heads = dict(cleval='CLEval H-mean', iou='IoU H-mean', iou_precision='IoU precision', iou_recall='IoU recall', train_loss='training loss',
-                 val_loss='validation loss', best_epoch='best epoch', px='pixels', seconds='training (seconds)', epoch_seconds='seconds per epoch')
-    own = t.drop(columns=['model', 'seed']) # `run` says which model it is
-    return table(own, shows | dict(seconds=lambda v: number(v, 0), epoch_seconds=lambda v: number(v, 1)), heads)
+                 val_loss='validation loss', best_epoch='best epoch', px='pixels', epoch_seconds='seconds per epoch')
+    own = t.drop(columns=['model', 'seed', 'seconds']) # `run` says which model it is, and the file the rest
+    return table(own, shows | dict(epoch_seconds=lambda v: number(v, 1)), heads)
 
 # %% ../../nbs/15j_report.detectors.ipynb #gv000022
-STEPS = (.3, .4, .5, .6, .7, .8, .9) # box_thresh
+STEPS = (.2, .3, .4, .5, .55, .6, .65, .7, .8) # box_thresh
 
 def threshold_curve(
     loose:dict, # photo -> Words, of a model's folds
@@ -159,7 +160,8 @@ def plot_precision_recall(
     "Precision over recall, with the thresholds at the points"
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 3.6), layout='constrained')
-    for k,(model,t) in enumerate(curves.items()):
+    for k,(model,every) in enumerate(curves.items()):
+        t = every[every.recall > 0] # without a box there is no precision
         ax.plot(t.recall, t.precision, color=f'C{k % 10}', marker='osD^v'[k % 5], ms=4, lw=1.2, label=drawn(model, 40))
         if k == 0:
             for r in t.itertuples(): ax.annotate(f'{r.box_thresh:g}', (r.recall, r.precision), xytext=(4, 4), textcoords='offset points', fontsize=7)
