@@ -78,7 +78,7 @@ def outcome_of(
     if run.done: return Outcome(True)
     error, said = _error_text(run, since).strip(), last_words(run/'train.log', start)
     lines = [l.strip() for l in (error or said).splitlines() if l.strip()]
-    words = lines[0 if error else -1][:200] if lines else f'exit {code}'
+    words = lines[0 if error else -1].removeprefix('- ')[:200] if lines else f'exit {code}'
     return Outcome(False, reason_of(f'exit {code}\n{error}\n{said}'), words)
 
 # %% ../../nbs/10c_engines.outcomes.ipynb #ec000018
