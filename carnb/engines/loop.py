@@ -132,7 +132,7 @@ def leave(self:Loop, job, taken):
 def ended(self:Loop, job, outcome, by=''):
     "Enter how a cell ended, and decide what becomes of it"
     if job.place is not None: self.free.append(job.place)
-    minutes = 0. if by else round(job.seconds/60, 2)
+    minutes = 0. if by or not job.tries else round(job.seconds/60, 2)
     job.outcome,job.process,job.place = outcome,None,None
     if tries_again(outcome, job.tries, self.retries): job.state,job.alone = 'waiting',waits_for_others(outcome, job.tries)
     else: job.state = 'done' if outcome.done else 'failed'
@@ -172,6 +172,24 @@ def after_each(self:Loop):
     try: self.after()
     except CarnbError as e: self.say(f'not written anew: {e}')
 
+# %% ../../nbs/10f_engines.loop.ipynb #el000047
+@patch
+def folds_before(self:Loop, job):
+    "Runs of the plan that must be done before this cell may start"
+    if job.run.path.name != 'foldall': return []
+    same = [r for r in self.plan.run if r.split('/')[0] == job.run.model and not r.endswith('/foldall')]
+    return [r for r in same if not Run(self.path.parent/r).done]
+
+# %% ../../nbs/10f_engines.loop.ipynb #el000048
+@patch
+def must_wait(self:Loop, job):
+    "Does the cell wait for folds of its model? It fails when they will not come"
+    missing = self.folds_before(job)
+    if not missing: return False
+    if not any(j.run.name in missing for j in self.having('waiting', 'running', 'elsewhere')):
+        self.ended(job, Outcome(False, UNKNOWN, f'needs {", ".join(missing)}, not done; run the same command again when they are'))
+    return True
+
 # %% ../../nbs/10f_engines.loop.ipynb #el000020
 @patch
 def begin(self:Loop):
@@ -179,7 +197,8 @@ def begin(self:Loop):
     for job in self.having('waiting', 'elsewhere'):
         running = self.having('running')
         if not self.free or any(j.alone for j in running): return
-        if job.alone and (running or any(not j.alone for j in self.having('waiting'))): continue
+        if job.alone and (running or any(not j.alone and not self.folds_before(j) for j in self.having('waiting'))): continue
+        if self.must_wait(job): continue
         if admits(self.places, [j.need for j in running], job.need): self.offer(job)
 
 # %% ../../nbs/10f_engines.loop.ipynb #el000021
