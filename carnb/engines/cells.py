@@ -46,16 +46,23 @@ def _doubles(name, values):
     read = [as_train_reads(name, v) for v in values]
     return list(dict.fromkeys(repr(v) for i,v in enumerate(read) if v in read[:i]))
 
+# %% ../../nbs/10a_engines.cells.ipynb #ea000036
+def _lists(cfg):
+    "What is said in a message, parameter of train, and values of each list of the product"
+    return [(k, k.rstrip('s'), cfg[k]) for k in ('archs', 'folds', 'seeds')] + [(f'over: {k}', k, v) for k,v in cfg.over.items()]
+
+def _no_product(cfg):
+    "Lists that make no product: there is nothing in them"
+    no_list = [f'{said} needs a list, not {v!r}' for said,_,v in _lists(cfg) if not isinstance(v, list)]
+    return no_list + [f'{said}: empty' for said,_,v in _lists(cfg) if v == []]
+
 # %% ../../nbs/10a_engines.cells.ipynb #ea000013
 def list_problems(
     cfg, # parameters of a grid
 )->list[str]:
     "What is wrong with the lists of the product"
-    named = [(k, k.rstrip('s'), cfg[k]) for k in ('archs', 'folds', 'seeds')] + [(f'over: {k}', k, v) for k,v in cfg.over.items()]
-    lists = [(said, k, v) for said,k,v in named if isinstance(v, list)]
-    no_list = [f'{said} needs a list, not {v!r}' for said,_,v in named if not isinstance(v, list)]
-    empty = [f'{said}: empty' for said,_,v in lists if not v]
-    return no_list + empty + [f'{said}: {v} stands there twice' for said,k,values in lists for v in _doubles(k, values)]
+    lists = [(said, k, v) for said,k,v in _lists(cfg) if isinstance(v, list)]
+    return _no_product(cfg) + [f'{said}: {v} stands there twice' for said,k,values in lists for v in _doubles(k, values)]
 
 # %% ../../nbs/10a_engines.cells.ipynb #ea000015
 def name_problems(
@@ -92,7 +99,7 @@ def exclude_problems(
     problems = [f'excludes: {e!r}; expected a mapping such as {{arch: vit_base, fold: 0}}' for e in excludes if not isinstance(e, dict) or not e]
     if problems: return problems
     unknown = [f'excludes: train has no parameter {k!r}{did_you_mean(k, names)}' for e in excludes for k in e if k not in names]
-    if unknown or list_problems(cfg): return unknown
+    if unknown or _no_product(cfg): return unknown
     cells = product_cells(cfg)
     idle = [f'excludes: {e} matches no cell' for e in excludes if not any(matches(c, e) for c in cells)]
     return idle + ([] if grid_cells(cfg) else ['excludes: nothing is left'])
