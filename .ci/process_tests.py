@@ -162,6 +162,50 @@ def test_demo_long():
     need(rc == 0 and '8 of 8 cells done' in said and 'cell 1 of' not in said, f'exit status {rc}, or something was trained again', said)
     need(said.count(': done before') == 8 and submission.read_bytes() == before, 'something was predicted again, or the file is another', said)
 
+def launcher(name, **more):
+    "carnb grid on four tiny cells as a process"
+    settings = dict(img_size=32, batch_size=16, epochs=4, max_steps=16, pretrained=False, num_workers=0, checkpoint_minutes=0)
+    words = ['grid', *params(experiment=name, archs='test_resnet', folds='0,1', seeds='1,2', device='cpu', workers=2, settings=json.dumps(settings), **more)]
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(CARNB_RUNS=str(RUNS), OMP_NUM_THREADS='1')
+    return subprocess.Popen([str(BIN/'carnb'), *map(str, words)], cwd=str(ROOT), env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, encoding='utf8', errors='replace', start_new_session=True)
+
+def cells_of(name):
+    "Processes that train a cell of a grid"
+    import psutil
+    found = []
+    for p in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = p.cmdline()
+            if 'carnb.cli' in words and 'train' in words and name in words: found.append(p)
+    return found
+
+def grid_results(name):
+    "Weights and logits of each cell"
+    import numpy as np
+    done = sorted(p.parent for p in (RUNS/name).glob('*/fold*/metrics.json'))
+    return {str(p.relative_to(RUNS/name)): ((p/'weights.safetensors').read_bytes(), np.load(p/'oof.npz')['logits'].tobytes()) for p in done}
+
+def test_grid_long():
+    "carnb grid, launcher and cells killed at three random moments each: the same bits, nothing trained twice"
+    import random
+    said = (p := launcher('grid_whole')).communicate()[0]
+    need(p.returncode == 0 and '4 of 4 cells done' in said, f'exit status {p.returncode}', said)
+    moments = [random.uniform(8, 40) for _ in range(6)]
+    print('seconds:', *[f'{t:.1f}' for t in moments])
+    for i, t in enumerate(moments):
+        p = launcher('grid_killed')
+        with contextlib.suppress(subprocess.TimeoutExpired): p.wait(t)
+        if i < 3: p.kill()
+        elif cells := cells_of('grid_killed'): cells[0].kill()
+        said = p.communicate()[0]
+        need(i < 3 or p.returncode == 0, f'exit status {p.returncode}', said)
+        end = time.time()+60
+        while cells_of('grid_killed') and time.time() < end: time.sleep(.2)
+        need(not cells_of('grid_killed'), 'cells live on a minute after their launcher')
+    whole, killed = grid_results('grid_whole'), grid_results('grid_killed')
+    need(len(killed) == 4 and whole == killed, 'the results differ from those of an unbroken grid')
+
 if __name__ == '__main__':
     try: globals()[sys.argv[1]]()
     except AssertionError as e: sys.exit(str(e))

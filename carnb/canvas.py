@@ -6,11 +6,12 @@
 __all__ = ['MAX_SIDE', 'sides_of', 'canvas', 'median_aspect']
 
 # %% ../nbs/01m_canvas.ipynb #b7338a01
-import math
+import functools, math
 import numpy as np, pandas as pd
 from .core import ConfigError
 
 # %% ../nbs/01m_canvas.ipynb #4dd5abf9
+@functools.lru_cache(1024)
 def sides_of(
     area:int, # pixels at most
     aspect:float, # width / height

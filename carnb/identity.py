@@ -153,10 +153,11 @@ def run_changes(
     run:Run,
     now:dict, # from `data_record`
     alike:bool=True, # were both read with the same merges and options? Else only photos and folds can be compared
+    mark:str|None=None, # fingerprint of `now`; None: computed
 )->list[str]: # none: it was trained on this
     "What changed in the data since a run was trained"
     said = (run.config.get('data') or {}).get('fingerprint')
-    if (run/'data.npz').exists() and said == fingerprint(now): return []
+    if (run/'data.npz').exists() and said == (mark or fingerprint(now)): return []
     try: then = run_record(run)
     except DamagedFile as e: return [f'something (fingerprint {said}, now {fingerprint(now)}); what it is cannot be said: {e}']
     if then and not alike: then = {k: then[k] for k in ('ids', 'photos', 'folds', 'partial') if k in then} | dict(classes=now['classes'])
@@ -204,8 +205,9 @@ def compare_data(
     if checked is None: checked = check_photos(comp.data_dir, comp.items.path, progress=False)
     cfg, said, e = cfg or runs[0].config, {}, runs[0].experiment
     now = data_record(_without_truncated(with_folds(comp, e), checked), cfg.get('merges'), checked)
+    mark = fingerprint(now) # once for all runs
     for r in runs:
-        for change in run_changes(r, now, reading(r.config) == reading(cfg)): said.setdefault(change, []).append(r.name)
+        for change in run_changes(r, now, reading(r.config) == reading(cfg), mark): said.setdefault(change, []).append(r.name)
     problems = [f'{change} (since {rs[0]}{f" and {len(rs)-1} more" if len(rs) > 1 else ""})' for change,rs in said.items()]
     do = f'put it back, or train on it as it is under another name (-p experiment {e}-2), so that nothing old and new is mixed'
     raise_problems(f'the data in {comp.data_dir} is not what {e} was trained on; {do}', problems, DataError)

@@ -236,7 +236,7 @@ def _stamp(path):
     return s.st_size, s.st_mtime_ns
 
 # %% ../nbs/00f_run.ipynb #b7595e98
-@functools.lru_cache(256)
+@functools.lru_cache(4096)
 def _read_config(folder, size, mtime): return read_file(Run(folder), 'config.yaml')
 
 # %% ../nbs/00f_run.ipynb #232ef682

@@ -6,7 +6,7 @@
 __all__ = ['NEXT', 'notebooks_dir', 'list_stages', 'stage_notebook', 'stage_kinds', 'stage_params', 'next_command']
 
 # %% ../nbs/00b_stages.ipynb #st000003
-import ast, functools, importlib.resources, shlex
+import ast, copy, functools, importlib.resources, shlex
 from .core import CarnbError, did_you_mean, read_json
 from pathlib import Path
 from fastcore.basics import AttrDict
@@ -66,10 +66,9 @@ def _with_bars(annotation):
     return '|'.join([*map(_with_bars, parts), *more])
 
 # %% ../nbs/00b_stages.ipynb #132a8db3
-def stage_params(
-    stage:str, # `train`, `predict`, ...
-)->dict: # name -> AttrDict(type, default, doc)
-    "Parameters of a stage as its notebook states them"
+@functools.cache
+def _read_params(folder, stage):
+    "Parameters of a stage of these notebooks; a plan of thousands of cells asks for them thousands of times"
     src = next(''.join(c['source']) for c in _cells(stage_notebook(stage)) if _is_params(c))
     lines, res = src.splitlines(), {}
     for s in ast.parse(src).body:
@@ -77,6 +76,12 @@ def stage_params(
         doc = lines[s.end_lineno-1][s.end_col_offset:].partition('#')[2].strip()
         res[s.target.id] = AttrDict(type=_with_bars(s.annotation), default=ast.literal_eval(s.value), doc=doc)
     return res
+
+def stage_params(
+    stage:str, # `train`, `predict`, ...
+)->dict: # name -> AttrDict(type, default, doc)
+    "Parameters of a stage as its notebook states them"
+    return {k: AttrDict(p, default=copy.deepcopy(p.default)) for k,p in _read_params(notebooks_dir(), stage).items()}
 
 # %% ../nbs/00b_stages.ipynb #co34b
 NEXT = dict(check='train', train='predict', grid='predict', predict='ensemble', ensemble='submit', submit='report')

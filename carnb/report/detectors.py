@@ -15,7 +15,8 @@ from ..receipts.letterbox import Letterbox
 from ..receipts.decode import decode, Decoding
 from ..receipts.runs import decoding_of
 from ..receipts.score import DETECTION_METRICS
-from .board import px_text, with_intervals
+from ..engines.board import px_text
+from .board import with_intervals
 from .page import drawn, link, number, table
 from ..run import read_file
 
