@@ -21,6 +21,7 @@ class Engine(NamedTuple):
     start: Callable # (words after `carnb`, variables, open binary file for what it says) -> process, as `subprocess.Popen`
     ask: Callable # process -> it saves and ends
     stop: Callable # process -> it ends now
+    begin: Callable = lambda n: contextlib.nullcontext() # number of cells to do -> context in which they run; what it gives takes the place of `start`
 
 # %% ../../nbs/10d_engines.local.ipynb #ee000008
 def die_with_parent():

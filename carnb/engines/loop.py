@@ -265,6 +265,15 @@ def run(self:Loop, poll=.2):
     "Run until no cell waits; the plan with its new states"
     save_plan(self.path, self.plan)
     if self.jobs: self.say(f'grid: {len(self.jobs)} cells to do, {self.n_before} done before; {self.shared()}')
+    with self.engine.begin(len(self.jobs)) as start:
+        if start: self.engine = self.engine._replace(start=start)
+        self.go_on(poll)
+    return self.plan
+
+# %% ../../nbs/10f_engines.loop.ipynb #el000049
+@patch
+def go_on(self:Loop, poll):
+    "Start, look and draw, until no cell waits"
     try:
         while self.having('waiting', 'running', 'elsewhere'):
             self.look()
@@ -277,7 +286,6 @@ def run(self:Loop, poll=.2):
     finally:
         for j in self.jobs: j.claim.give()
         self.view.close()
-    return self.plan
 
 # %% ../../nbs/10f_engines.loop.ipynb #el000029
 @patch
