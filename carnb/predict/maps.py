@@ -4,22 +4,20 @@
 
 # %% auto #0
 __all__ = ['TEST_MAPS', 'TINY_PAGES', 'canvas_of_run', 'SeenPages', 'seen_pages', 'pages_at_once', 'page_maps', 'maps_are_there',
-           'clear_place', 'predict_maps', 'experiment_pages', 'predict_pages', 'maps_gap', 'draw_bars', 'write_bars',
-           'tiny_pages']
+           'clear_place', 'predict_maps', 'predict_pages', 'maps_gap', 'draw_bars', 'write_bars', 'tiny_pages']
 
 # %% ../../nbs/11e_predict.maps.ipynb #pm0002
-from ..core import CarnbError, DamagedFile, runs_dir, safe_name, save_npz, write_json  # before torch: see OMP_WAIT_POLICY there
+from ..core import CarnbError, DamagedFile, runs_dir, save_npz, write_json  # before torch: see OMP_WAIT_POLICY there
 import contextlib
 import cv2, numpy as np, pandas as pd, torch
 from fastai.torch_core import TensorBase
 from filelock import FileLock
 from ..backbones import model_stats
 from ..bars import progress_bar
-from ..data.folds import assign_folds
 from ..data.items import Competition
 from ..disk import disk_errors
 from ..fit import train_run
-from ..identity import compare_data, photo_hashes, restore_folds
+from ..identity import photo_hashes
 from ..learner import load_model
 from ..loaders import loader_settings
 from ..loaders.batches import NormalizeBytes, PhotoDL
@@ -27,11 +25,11 @@ from ..loaders.photos import PhotoDataset
 from ..machine import pick_device
 from .hooks import known_hook
 from .logits import forward_parts
+from .runs import experiment_data
 from ..receipts.batches import augment_page, whole_page
 from ..receipts.runs import TextMaps
 from ..records import Field
 from ..run import FILE_KINDS, FileKind, PREDICT_AGAIN, Run, read_file, set_aside
-from ..tasks import check_competition, open_experiment
 
 # %% ../../nbs/11e_predict.maps.ipynb #pm0005
 def canvas_of_run(v, run):
@@ -151,22 +149,6 @@ def predict_maps(
             save_npz(run/name, **maps, **made_from)
     return True
 
-# %% ../../nbs/11e_predict.maps.ipynb #pm0023
-def experiment_pages(
-    experiment:str, # name below `runs/`
-    task:str|None=None, # None: as the runs say
-    data_dir:str|None=None, # None: as the runs say
-): # task, competition with folds, finished runs
-    "What an experiment of text detection was trained on; `CarnbError` when nothing is finished"
-    record, comp, runs = open_experiment(experiment, task, data_dir, kind='text')
-    comp, checked = check_competition(comp, progress=False)
-    c = runs[0].config
-    folds = runs_dir()/safe_name(experiment)/'folds.csv'
-    with disk_errors(folds.parent): restore_folds(experiment)
-    compare_data(runs, comp, checked, cfg=c)
-    with disk_errors(folds.parent): assign_folds(comp, checked, folds, c.n_folds, c.split_seed)
-    return record, comp, runs
-
 # %% ../../nbs/11e_predict.maps.ipynb #pm0024
 def predict_pages(
     experiment:str, # name below `runs/`
@@ -178,7 +160,7 @@ def predict_pages(
     preprocess:str|None=None, # hook that the user has named
 )->list[Run]: # its finished runs
     "Predict the test pages with every finished run of an experiment"
-    _, comp, runs = experiment_pages(experiment, task, data_dir)
+    _, comp, runs = experiment_data(experiment, task, data_dir, 'text')
     device, photos = pick_device(device), photo_hashes(comp)
     for r in runs: predict_maps(r, comp, device, batch_size, num_workers, photos, preprocess)
     return runs
