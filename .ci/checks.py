@@ -331,16 +331,18 @@ def run_books(report, bin, env, slow):
     if not (ROOT.parent/'shared'/'data').is_dir(): report.add('real photos', 0, skip='no photos in ../shared/data; the drawn competition stood in for them')
 
 def run_process_tests(report, bin, env, slow):
-    "The functions `test_*` of process_tests.py, each in a process of its own"
+    "The functions `test_*` of process_tests.py, each in a process of its own; those that are called `_alone` first, then the others side by side"
     path = Path(__file__).with_name('process_tests.py')
     found = [n for n in ast.parse(path.read_text(encoding='utf8')).body if isinstance(n, ast.FunctionDef) and n.name.startswith('test_')]
-    for f in found:
-        if f.name.endswith('_long') and not slow:
-            report.add(ast.get_docstring(f), 0, skip='long (make test-all)')
-            continue
+    def one(f):
+        if f.name.endswith('_long') and not slow: return report.add(ast.get_docstring(f), 0, skip='long (make test-all)')
         t = time.time()
         rc, out = command([bin/'python', path, f.name], env)
         report.add(ast.get_docstring(f), time.time()-t, problem=None if rc in (0, 77) else tail(out, 20), skip=tail(out, 1) if rc == 77 else None)
+    def named(*ends): return [f for f in found if f.name.endswith(ends)]
+    for f in named('_alone'): one(f)
+    with ThreadPoolExecutor(WORKERS) as pool: list(pool.map(one, [f for f in found if f not in named('_alone', '_long')]))
+    for f in named('_long'): one(f)
 
 def has_gpu(bin, env): return command([bin/'python', '-c', 'import sys, torch; sys.exit(not torch.cuda.is_available())'], env)[0] == 0
 

@@ -1,7 +1,8 @@
 """What only whole processes can show: papermill and the command line as a user types them.
 
-`python .ci/process_tests.py NAME` runs one; `make test` runs all, in this order, with CARNB_RUNS in a temporary folder that
-they share. Exit status 77 means skipped. The docstring is the name in the report; `_long` belongs to `make test-all`.
+`python .ci/process_tests.py NAME` runs one; `make test` runs all, with CARNB_RUNS in a temporary folder that they share: first those
+that train, called `_alone`, one after the other, then the rest side by side. Exit status 77 means skipped. The docstring is the name in
+the report; `_long` belongs to `make test-all`.
 """
 import contextlib, csv, json, os, re, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 RUNS = Path(os.environ.get('CARNB_RUNS') or tempfile.mkdtemp())
+RUNS.mkdir(parents=True, exist_ok=True)
 NOTEBOOK = 'nbs/10_train.ipynb'
 FILES = 'config.yaml history.csv metrics.json oof.npz train.ipynb weights.safetensors'.split()
 CHANGED = dict(arch='convnext_large', pretrained='false', img_size=96, epochs=1, max_steps=2, num_workers=0)
@@ -59,7 +61,7 @@ def effect(run):
     cells = json.loads((run/'train.ipynb').read_text(encoding='utf8'))['cells']
     need(any('convnext_large' in ''.join(c['source']) for c in cells), 'train.ipynb does not hold the injected parameters')
 
-def test_papermill_with_output():
+def test_papermill_with_output_alone():
     "papermill with an output path trains what -p asks for"
     out = RUNS/'my_run.ipynb'
     rc, said = papermill(out, *params(experiment='with_output', **CHANGED))
@@ -67,7 +69,7 @@ def test_papermill_with_output():
     need(out.exists(), 'papermill wrote no notebook')
     effect(the_run('with_output'))
 
-def test_papermill_to_file():
+def test_papermill_to_file_alone():
     "papermill with its output in a file records the same run"
     with open(RUNS/'stdout.txt', 'w', encoding='utf8') as f: rc, said = papermill(*params(experiment='to_file', **CHANGED), stdout=f)
     need(rc == 0, f'exit status {rc}', said)
