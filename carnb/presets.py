@@ -59,7 +59,7 @@ def task_model_layer(
 # %% ../nbs/06a_presets.ipynb #pr600b
 DEMO_RECIPE = dict(img_size=124, batch_size=16, epochs=8, lr=2e-3) # minutes on two cores
 DEMO_RECIPES = dict( # task -> instead of DEMO_RECIPE
-    receipts=dict(img_size=256, batch_size=2, epochs=30, lr=4e-3, ema=0.)) # 18 pages are 9 steps an epoch: too few to average over
+    receipts=dict(img_size=256, batch_size=2, epochs=30, lr=2e-3, grad_clip=1., ema=0.)) # 19 pages are 9 steps an epoch: too few to average over
 
 def demo_layer(
     alone:bool=True, # False: a training preset was named
