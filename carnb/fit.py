@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TINY', 'epochs_of', 'exponent_summary', 'measured', 'tidy_checkpoints', 'fit_run', 'check_experiment', 'start_run',
            'last_state', 'versions_of', 'planned_before', 'take_up', 'damage_of', 'rewrite_records', 'files_of',
-           'finished', 'prepare', 'train_run', 'tiny_experiment']
+           'finished', 'prepare', 'train_run', 'tiny_experiment', 'own_copy']
 
 # %% ../nbs/09g_fit.ipynb #fi0003
 from .core import ConfigError, DamagedFile, DataError, raise_problems  # before torch: see OMP_WAIT_POLICY there
 from .core import runs_dir, safe_name, save_npz
 from .run import Run, is_run_folder, read_file, set_aside
 from .records import file_digest, write_record
-import contextlib, time
+import contextlib, shutil, time
 import numpy as np
 from fastai.learner import Learner
 from fastcore.basics import AttrDict
@@ -275,4 +275,15 @@ def tiny_experiment()->str: # name of the experiment
     with FileLock(locks/'tiny_experiment.lock'), contextlib.redirect_stdout(None):
         for arch in ('resnet10t', 'mobilenetv3_small_050'):
             for fold in (0, 1): train_run(experiment=name, arch=arch, fold=fold, **TINY)
+    return name
+
+# %% ../nbs/09g_fit.ipynb #fi0061
+def own_copy(
+    experiment:str, # name below `runs/`
+    own:str, # whose copy; empty: the experiment itself
+)->str: # name of the copy
+    "An experiment, again, for somebody who writes into it"
+    if not own: return experiment
+    name = f'{experiment}_{own}'
+    shutil.copytree(runs_dir()/experiment, runs_dir()/name, dirs_exist_ok=True)
     return name

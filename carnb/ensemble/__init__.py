@@ -23,7 +23,7 @@ from fastcore.basics import AttrDict
 from ..core import DataError, did_you_mean, resolve_path, runs_dir
 from ..run import environment
 from .blend import Blend, DEFAULT_METHODS, fit_blend, log_blend, METHODS, refine_weights
-from .choice import choose, chosen_row, combinations_table, given_weights, leaders, nested_choice
+from .choice import choose, chosen_row, combinations_table, given_weights, leaders, nested_choice, plot_combinations
 from .choice import no_better_than_guessing, top_models, views_asked_for, views_hint
 from .csvs import read_csv_member, submission_names
 from .files import array_stamp, inputs_of, NEEDED, read_ensemble, RESULT_FILES, result_problems
@@ -37,7 +37,7 @@ from .nested import score_candidates, Scored
 from .scores import fit_temperature, FLOOR, held, Logits, merge_views, MERGES, Probs, temper
 from .weights import greedy_selection, optimise_log_pool, optimise_stack, optimise_weights, search_offsets, weights_gap
 from ..core import shown_path
-from .words import counted, number, rounded
+from .words import counted, difference_words, number, rounded
 from ..identity import compare_data
 from ..metrics import expected_calibration_error, get_metric, log_loss, reliability
 from ..tasks import get_task, read_items, task_of, task_problems
@@ -175,9 +175,7 @@ def verdict(
     s, b, d, metric = summary['scores'], summary['best_single'], summary['difference'], summary['metric']
     best = f'the best single model {b["name"]} is not beaten by any combination'
     if summary['combination'] == b['name']: return f'{metric} {s["choice"]:.4f}: {best}'
-    gain = d['high'] < 0 if get_metric(metric).lower_is_better else d['low'] > 0
-    sure = 'clear' if gain else 'not certain: the interval contains 0' if d['low'] <= 0 <= d['high'] else 'clearly worse'
-    by = f'difference {number(d["mean"], "+.4f")}, 95 % interval {number(d["low"], "+.4f")} to {number(d["high"], "+.4f")}: {sure}'
+    by = difference_words(d, get_metric(metric).lower_is_better)
     return f'{metric}: ensemble ({summary["combination"]}) {s["choice"]:.4f} vs best single ({b["name"]}) {b["score"]:.4f} ({by})'
 
 # %% ../../nbs/13_ensemble.ipynb #e13b0031
@@ -195,19 +193,8 @@ def plot_scores(
     limit:int=14, # combinations shown
 ):
     "Nested scores with intervals, and the scores on the tuned photos beside them"
-    import matplotlib.pyplot as plt
-    t = res.table.head(limit).iloc[::-1].reset_index(drop=True)
-    fig, ax = plt.subplots(figsize=(7, .6+.28*len(t)), constrained_layout=True)
-    for i,r in t.iterrows():
-        c = 'C3' if r.combination == res.chosen else 'C0'
-        ax.plot([r.low, r.high], [i, i], color=c, lw=2, alpha=.5)
-        ax.plot(r.nested, i, 'o', color=c)
-        ax.plot(r.same_photos, i, '|', color='k', ms=9)
-    ax.axvline(res.choice, color='C3', lw=1, ls=':')
-    title = 'dot: nested score with 95 % interval; tick: on the tuned photos; dotted: expected (choice)'
-    ax.set(yticks=range(len(t)), yticklabels=t.combination, xlabel=res.metric, title=title)
-    ax.title.set_size(9)
-    return ax
+    t = res.table.head(limit)
+    return plot_combinations(t, t.combination == res.chosen, res.choice, res.metric)
 
 # %% ../../nbs/13_ensemble.ipynb #0f8fb061
 def plot_weights(

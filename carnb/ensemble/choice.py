@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['leaders', 'chosen_row', 'combinations_table', 'nested_choice', 'choose', 'given_weights', 'views_asked_for',
-           'top_models', 'no_better_than_guessing', 'views_hint']
+           'top_models', 'no_better_than_guessing', 'views_hint', 'plot_combinations']
 
 # %% ../../nbs/12i_ensemble.choice.ipynb #c34af38c
 from dataclasses import replace
@@ -186,3 +186,25 @@ def views_hint(
     by = f'difference {number(d.mean, "+.4f")}, 95 % interval {number(d.low, "+.4f")} to {number(d.high, "+.4f")}; nested'
     names = ', '.join(best_views(models, metric))
     return f'views: {names} score {some.score(t):.4f} against {every.score(t):.4f} with all {len(p)} ({by}): -p views best'
+
+# %% ../../nbs/12i_ensemble.choice.ipynb #e13a0061
+def plot_combinations(
+    table:pd.DataFrame, # combination, nested, low, high, same_photos, ...; best first
+    chosen, # (n,) bool: rows in another colour
+    expected:float, # score of the choice
+    metric:str, # scored metric
+    on:str='the tuned photos', # where the ticks were scored
+): # axes
+    "Nested scores with intervals, and beside them the scores where everything was chosen"
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, .6+.28*len(table)), layout='constrained')
+    rows = [*zip(table.itertuples(), chosen)][::-1]
+    for k,(r,mine) in enumerate(rows):
+        c = 'C3' if mine else 'C0'
+        ax.plot([r.low, r.high], [k, k], color=c, lw=2, alpha=.5)
+        ax.plot(r.nested, k, 'o', color=c)
+        ax.plot(r.same_photos, k, '|', color='k', ms=9)
+    ax.axvline(expected, color='C3', lw=1, ls=':')
+    ax.set(yticks=range(len(rows)), yticklabels=[r.combination for r,_ in rows], xlabel=metric)
+    ax.set_title(f'dot: nested score with 95 % interval; tick: on {on}; dotted: expected (choice)', fontsize=9)
+    return ax

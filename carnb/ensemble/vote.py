@@ -14,7 +14,8 @@ from fastcore.basics import AttrDict
 from ..core import ConfigError, DataError, raise_problems, resolve_path  # before torch: see OMP_WAIT_POLICY there
 from .pages import PageModels, load_pages, settings_of, test_words, vote_problems
 from .voted import Board, choose_words, half_of, make_board, top_of_board, voted_words, votes_of_share
-from .words import number
+from .choice import plot_combinations
+from .words import difference_words, number
 from .wordfiles import OOF_WORDS, TEST_WORDS, k_files, map_inputs, write_words
 from ..identity import compare_data
 from ..params import choice_problems
@@ -236,8 +237,7 @@ def words_verdict(
     s, b, d, metric = summary['scores'], summary['best_single'], summary['difference'], summary['metric']
     if summary['method'] == 'single' and not d['mean']:
         return f'{metric} {s["choice"]:.4f}: no vote beats the best single model {summary["combination"]}'
-    sure = 'clear' if d['low'] > 0 else 'not certain: the interval contains 0' if d['high'] >= 0 else 'clearly worse'
-    by = f'difference {number(d["mean"], "+.4f")}, 95 % interval {number(d["low"], "+.4f")} to {number(d["high"], "+.4f")}: {sure}'
+    by = difference_words(d)
     return f'{metric}: {summary["combination"]} {s["choice"]:.4f} vs best single ({b["name"]}) {b["score"]:.4f} ({by})'
 
 # %% ../../nbs/12o_ensemble.vote.ipynb #to0024
@@ -276,16 +276,4 @@ def plot_votes(
     res, # from `make_words`
 ): # axes
     "Nested scores of all candidates with intervals, and the scores on the same pages"
-    import matplotlib.pyplot as plt
-    t = res.table.iloc[::-1].reset_index(drop=True)
-    fig, ax = plt.subplots(figsize=(7, .6+.28*len(t)), layout='constrained')
-    for i,r in t.iterrows():
-        c = 'C3' if r.note == 'chosen' else 'C0'
-        ax.plot([r.low, r.high], [i, i], color=c, lw=2, alpha=.5)
-        ax.plot(r.nested, i, 'o', color=c)
-        ax.plot(r.same_photos, i, '|', color='k', ms=9)
-    ax.axvline(res.expected.mean, color='C3', lw=1, ls=':')
-    title = 'dot: nested score with 95 % interval; tick: on the same pages; dotted: expected (choice)'
-    ax.set(yticks=range(len(t)), yticklabels=t.combination, xlabel=res.summary['metric'])
-    ax.set_title(title, fontsize=9)
-    return ax
+    return plot_combinations(res.table, res.table.note == 'chosen', res.expected.mean, res.summary['metric'], 'the same pages')

@@ -26,6 +26,7 @@ from ..receipts.vote import vote
 from ..records import file_digest, read_record, write_record
 from ..run import Run, environment, find_runs
 from ..tasks import get_task, read_data
+from ..fit import own_copy
 
 # %% ../../nbs/13f_gate.drawn.ipynb #gd000006
 def drawn_map(
@@ -188,10 +189,12 @@ def draw_experiment(
     return data
 
 # %% ../../nbs/13f_gate.drawn.ipynb #gd000020
-def drawn_experiment()->str: # name of the experiment
+def drawn_experiment(
+    own:str='', # whose copy, see `own_copy`; empty: for those who only read
+)->str: # name of the experiment
     "`draw_experiment`, made once, for the tests of stages"
     name = 'drawn_text'
     (locks := runs_dir()/'.cache').mkdir(parents=True, exist_ok=True)
     with FileLock(locks/'drawn_text.lock'):
         if not (runs_dir()/name/'ensemble/ensemble.json').exists(): draw_experiment(name)
-    return name
+        return own_copy(name, own)

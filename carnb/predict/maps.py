@@ -16,7 +16,7 @@ from ..backbones import model_stats
 from ..bars import progress_bar
 from ..data.items import Competition
 from ..disk import disk_errors
-from ..fit import train_run
+from ..fit import own_copy, train_run
 from ..identity import photo_hashes
 from ..learner import load_model
 from ..loaders import loader_settings
@@ -25,7 +25,7 @@ from ..loaders.photos import PhotoDataset
 from ..machine import pick_device
 from .hooks import known_hook
 from .logits import forward_parts
-from .runs import experiment_data
+from .runs import experiment_data, is_made_from
 from ..receipts.batches import augment_page, whole_page
 from ..receipts.runs import TextMaps
 from ..records import Field
@@ -109,10 +109,7 @@ def maps_are_there(
     weights:str, # hash of the weights file
 )->bool:
     "Are the test maps there and whole, of these pages, from these weights?"
-    try: z = read_file(run, TEST_MAPS)
-    except DamagedFile: return False
-    want = dict(ids=list(ids), photos=list(photos), weights=weights)
-    return all(z[k].tolist() == v for k,v in want.items())
+    return is_made_from(run, TEST_MAPS, ids=list(ids), photos=list(photos), weights=weights)
 
 # %% ../../nbs/11e_predict.maps.ipynb #pm0020
 def clear_place(run, name):
@@ -222,7 +219,9 @@ TINY_PAGES = dict(
     decode=dict(thresh=.3, box_thresh=.4), augmentation=dict(zoom=1., rotate=0., color=0.), n_folds=2, epochs=2, batch_size=1, lr=6e-3,
     schedule='constant', warmup=0., ema=0., device='cpu', num_workers=0, tracking=[], checkpoint_minutes=1e3)
 
-def tiny_pages()->str: # name of the experiment
+def tiny_pages(
+    own:str='', # whose copy, see `own_copy`; empty: for those who only read
+)->str: # name of the experiment
     "A finished experiment of text detection with predictions, small enough for tests: two models (seeds), two folds"
     name, locks = 'tiny_pages', runs_dir()/'.cache'
     locks.mkdir(parents=True, exist_ok=True)
@@ -232,4 +231,4 @@ def tiny_pages()->str: # name of the experiment
         for seed in (42, 43):
             for fold in (0, 1): train_run(experiment=name, data_dir=str(data), seed=seed, fold=fold, **TINY_PAGES)
         predict_pages(name, device='cpu', num_workers=0)
-    return name
+        return own_copy(name, own)

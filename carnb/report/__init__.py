@@ -18,7 +18,8 @@ from ..data.photos import read_image
 from ..metrics import METRICS
 from ..predict.runs import experiment_data
 from .page import breakable, drawn, facts, html, number, percent, table
-from .board import ensemble_result, headline, metric_words, with_intervals
+from .board import ensemble_result, headline, metric_words, plot_curves, with_intervals
+_all_ = ['plot_curves']
 
 # %% ../../nbs/16_report.ipynb #b7902cfc
 def check_report(
@@ -139,29 +140,6 @@ def tried_table(
     return table(t, shows, dict(
         same_photos='score on the photos it was fitted on', nested='score on other photos', interval='95 % interval', drawn='',
         vs_single='difference from the best single model'))
-
-# %% ../../nbs/16_report.ipynb #246caa1f
-def plot_curves(
-    runs:list[Run], # of the experiment
-    histories:dict, # run name -> rows of `history.csv`
-    metric:str, # scored metric
-): # the figure
-    "Scored metric and losses of every run"
-    import matplotlib.pyplot as plt
-    fig,axs = plt.subplots(1, 2, figsize=(10, 3), layout='constrained')
-    folders = list(dict.fromkeys(r.path.parent.name for r in runs))
-    named = set()
-    for r in (o for o in runs if o.name in histories):
-        name, h = r.path.parent.name, histories[r.name]
-        style = dict(color=f'C{folders.index(name) % 10}', lw=1.2, marker='o', ms=2)
-        axs[0].plot(h.epoch, h[f'val_{metric}'], label=None if name in named else drawn(name, 40), **style)
-        axs[1].plot(h.epoch, h.val_loss, **style)
-        axs[1].plot(h.epoch, h.train_loss, **{**style, 'lw': .8}, ls='--')
-        named.add(name)
-    axs[0].set(xlabel='epoch', ylabel=f'validation {metric_words(metric)}')
-    axs[1].set(xlabel='epoch', ylabel='loss (nats)')
-    if named: axs[0].legend(fontsize=7)
-    return fig
 
 # %% ../../nbs/16_report.ipynb #ad160001
 __getattr__ = moved( # old addresses

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUMMARY', 'NUMBERS', 'COLUMNS', 'HEADINGS', 'NOT_SETTINGS', 'out_of_fold', 'score_interval', 'ensemble_result',
            'member_problems', 'check_labels', 'read_histories', 'headline', 'model_row', 'ensemble_row', 'compare',
-           'metric_words', 'ensemble_lines', 'with_intervals', 'board_table', 'runs_table', 'settings_table',
-           'board_row', 'leaderboard', 'px_text']
+           'metric_words', 'plot_curves', 'ensemble_lines', 'with_intervals', 'board_table', 'runs_table',
+           'settings_table', 'board_row', 'leaderboard', 'px_text']
 
 # %% ../../nbs/15b_report.board.ipynb #725ed09d
 from ..core import DamagedFile, DataError, raise_problems, runs_dir, safe_name  # before torch: see OMP_WAIT_POLICY there
@@ -17,7 +17,7 @@ from ..ensemble.files import read_result
 from ..run import Run, find_runs, read_file
 from ..metrics import METRICS, accuracy, softmax
 from ..engines.board import board_row, leaderboard, px_text
-from .page import interval, is_number, link, number, table
+from .page import drawn, interval, is_number, link, number, table
 _all_ = ['board_row', 'leaderboard', 'px_text']
 
 # %% ../../nbs/15b_report.board.ipynb #f00def9e
@@ -191,6 +191,31 @@ def metric_words(
     "A metric as people say it"
     m = METRICS[metric]
     return f'{m.words} ({m.unit})' if unit and m.unit else m.words
+
+# %% ../../nbs/15b_report.board.ipynb #246caa1f
+def plot_curves(
+    runs:list[Run], # of the experiment
+    histories:dict, # run name -> rows of `history.csv`
+    metric:str, # scored metric
+    score:str|None=None, # what the metric is called; None: as classes have it
+    loss:str='loss (nats)', # and the loss
+): # the figure
+    "Scored metric and losses of every run: one colour per model, one line per fold"
+    import matplotlib.pyplot as plt
+    fig,axs = plt.subplots(1, 2, figsize=(10, 3), layout='constrained')
+    folders = list(dict.fromkeys(r.path.parent.name for r in runs))
+    named = set()
+    for r in (o for o in runs if o.name in histories):
+        name, h = r.path.parent.name, histories[r.name]
+        style = dict(color=f'C{folders.index(name) % 10}', lw=1.2, marker='o', ms=2)
+        axs[0].plot(h.epoch, h[f'val_{metric}'], label=None if name in named else drawn(name, 40), **style)
+        axs[1].plot(h.epoch, h.val_loss, **style)
+        axs[1].plot(h.epoch, h.train_loss, **{**style, 'lw': .8}, ls='--')
+        named.add(name)
+    axs[0].set(xlabel='epoch', ylabel=f'validation {score or metric_words(metric)}')
+    axs[1].set(xlabel='epoch', ylabel=loss)
+    if named: axs[0].legend(fontsize=7)
+    return fig
 
 # %% ../../nbs/15b_report.board.ipynb #c6f61cec
 def ensemble_lines(

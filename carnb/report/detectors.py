@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'loose_words', 'surer', 'member_decoding', 'photo_counts', 'score_columns', 'detector_scores', 'score_table',
-           'detector_board', 'detector_board_table', 'threshold_curve', 'plot_precision_recall', 'plot_detector_curves']
+           'detector_board', 'detector_board_table', 'threshold_curve', 'plot_precision_recall']
 
 # %% ../../nbs/15j_report.detectors.ipynb #gv000003
 from ..core import runs_dir, safe_name, write_csv  # before torch: see OMP_WAIT_POLICY there
@@ -169,25 +169,4 @@ def plot_precision_recall(
     if vote: ax.plot(*vote, '*', ms=13, color='C3', label='vote')
     ax.set(xlabel='recall (IoU above 0.5)', ylabel='precision')
     ax.legend(fontsize=7)
-    return fig
-
-# %% ../../nbs/15j_report.detectors.ipynb #gv000026
-def plot_detector_curves(
-    runs:list, # of the experiment
-    histories:dict, # run name -> rows of `history.csv`
-    metric:str='cleval', # scored
-): # the figure
-    "Scored metric and losses of every run: one colour per model, one line per fold"
-    import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, 2, figsize=(10, 3), layout='constrained')
-    models, named = list(dict.fromkeys(r.model for r in runs)), set()
-    for r in (o for o in runs if o.name in histories):
-        h, style = histories[r.name], dict(color=f'C{models.index(r.model) % 10}', lw=1.2, marker='o', ms=2)
-        axs[0].plot(h.epoch, h[f'val_{metric}'], label=None if r.model in named else drawn(r.model, 40), **style)
-        axs[1].plot(h.epoch, h.val_loss, **style)
-        axs[1].plot(h.epoch, h.train_loss, **{**style, 'lw': .8}, ls='--')
-        named.add(r.model)
-    axs[0].set(xlabel='epoch', ylabel=f'validation {metric} H-mean')
-    axs[1].set(xlabel='epoch', ylabel='loss')
-    if named: axs[0].legend(fontsize=7)
     return fig
