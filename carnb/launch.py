@@ -10,7 +10,7 @@ __all__ = ['PATIENCE', 'LEAVING', 'OURS', 'NO_MEMORY', 'signals_of', 'Requests',
 # %% ../nbs/16c_launch.ipynb #la02
 from .core import CarnbError, ConfigError, DamagedFile, DataError
 from .precheck import stage_for
-from .ranks import ranks
+from .ranks import keep_ranks, ranks
 from .stages import stage_notebook
 import contextlib, os, re, signal, sys, threading, time
 from pathlib import Path
@@ -250,6 +250,7 @@ def run_stage(
     "Run the notebook of a stage; 0 when it ended well, `KeyboardInterrupt` when somebody asked to stop"
     here = ranks()
     if here.size > 1 and stage != 'train': raise ConfigError(f'carnb {stage}: expected one process, not {here.size}; only train has shares')
+    keep_ranks()
     if here.first: _announce(stage, params)
     asks = asks or Requests()
     shown = [Shown(sys.stdout, mute=lambda: not here.first), Shown(sys.stderr, mute=lambda: asks.times or not here.first)]

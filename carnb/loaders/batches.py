@@ -12,7 +12,7 @@ import cv2, numpy as np, torch
 from fastai.data.core import TfmdDL
 from fastai.data.transforms import Normalize
 from fastcore.basics import patch
-from fastai.torch_core import TensorImage, to_device
+from fastai.torch_core import TensorImage, to_detach, to_device
 
 # %% ../../nbs/03e_loaders.batches.ipynb #e55b14aa
 def _empty(shape):
@@ -107,6 +107,9 @@ class PhotoDL(TfmdDL):
         x = torch.stack([x.permute(1, 2, 0) for x,_ in b]).permute(0, 3, 1, 2)
         return TensorImage(x), self.dataset.target_type(self.dataset.stack([y for _,y in b]))
     def do_item(self, s): return self.dataset[s or 0]
+    def to_detach(self, b, cpu=True, gather=True):
+        "fastai would gather what its recorder notes; processes may have different numbers of batches"
+        return to_detach(b, cpu, False)
     def close(self):
         "End the workers; the next pass starts new ones"
         self._loader,self._slots = None,[]

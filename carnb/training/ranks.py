@@ -9,7 +9,7 @@ __all__ = ['TIMEOUT', 'LostRank', 'OtherRank', 'several', 'first', 'heard', 'joi
 
 # %% ../../nbs/06y_training.ranks.ipynb #ra000003
 from ..core import CarnbError, DataError  # before torch: see OMP_WAIT_POLICY there
-from ..ranks import ranks
+from ..ranks import OURS, ranks
 import contextlib, multiprocessing, os, pickle, socket
 from datetime import timedelta
 import numpy as np, torch
@@ -50,7 +50,8 @@ def joined():
     cuda = torch.cuda.is_available()
     if cuda: torch.cuda.set_device(here.local % torch.cuda.device_count())
     with heard():
-        torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(seconds=TIMEOUT))
+        torch.distributed.init_process_group(
+            'cpu:gloo,cuda:nccl' if cuda else 'gloo', rank=here.rank, world_size=here.size, timeout=timedelta(seconds=TIMEOUT))
     try:
         yield
         all_max(0) # nobody leaves before all are done
@@ -148,10 +149,10 @@ def in_ranks(
 )->list: # what each returned; an exception that ended it; None: it was killed
     "Run a function in joined processes on this machine"
     fork, began = multiprocessing.get_context('fork'), []
-    told = dict(WORLD_SIZE=str(size), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), LOCAL_WORLD_SIZE=str(size))
+    where = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
     for rank in range(size):
         ours, theirs = fork.Pipe(False)
-        env = told | dict(RANK=str(rank), LOCAL_RANK=str(rank))
+        env = where | {OURS: f'{rank} {size} {rank} {size}'}
         process = fork.Process(target=_be_rank, args=(f, theirs, env), daemon=True)
         process.start()
         theirs.close()

@@ -14,7 +14,6 @@ from ..machine import item_rng
 import contextlib, math, time
 import numpy as np, torch
 from fastai.callback.core import Callback
-from fastai.torch_core import to_detach
 from ..checkpoint import set_rng_state
 from .history import History
 from .loop import batch_at, is_fit, loss_divisor
@@ -24,10 +23,6 @@ from .ranks import sum_tensors, tensors_of_first, to_first
 from .resume import Checkpoints
 
 # %% ../../nbs/07g_training.shares.ipynb #sh000006
-def _alone(b, cpu=True, gather=True):
-    "fastai would gather what its recorder notes, batch by batch; processes may have different numbers of validation batches"
-    return to_detach(b, cpu, False)
-
 def share_loaders(
     dls, # DataLoaders of `PhotoDL`
 ):
@@ -37,7 +32,7 @@ def share_loaders(
     if n < here.size:
         wanted = 'expected one for each at least; fewer processes, or a larger batch_size'
         raise ConfigError(f'{here.size} processes and {n} photos in a batch: {wanted}')
-    for dl in dls.loaders: dl.rank, dl.ranks, dl.to_detach = here.rank, here.size, _alone
+    for dl in dls.loaders: dl.rank, dl.ranks = here.rank, here.size
 
 # %% ../../nbs/07g_training.shares.ipynb #sh000009
 class ShareOfLoss(Callback):
