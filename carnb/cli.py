@@ -114,7 +114,7 @@ GROUPS = { # of train's parameters; a stage without groups lists its cell as it 
         'epochs batch_size lr optimizer weight_decay head_lr_mult layer_decay freeze_epochs '
         'schedule schedule_options warmup ema grad_clip early_stop'),
     'the loss': 'loss label_smoothing loss_options class_weighting',
-    'memory and speed': 'precision accumulation memory_budget grad_checkpointing compile deterministic'}
+    'memory and speed': 'precision accumulation memory_budget grad_checkpointing compile deterministic sync_batchnorm'}
 
 # %% ../nbs/17_cli.ipynb #89530297
 def grouped(

@@ -10,6 +10,7 @@ __all__ = ['PATIENCE', 'LEAVING', 'OURS', 'NO_MEMORY', 'signals_of', 'Requests',
 # %% ../nbs/16c_launch.ipynb #la02
 from .core import CarnbError, ConfigError, DamagedFile, DataError
 from .precheck import stage_for
+from .ranks import keep_ranks, ranks
 from .stages import stage_notebook
 import contextlib, os, re, signal, sys, threading, time
 from pathlib import Path
@@ -219,7 +220,7 @@ def say(
     print(text, file=sys.stderr, flush=True)
 
 # %% ../nbs/16c_launch.ipynb #la21
-OURS = {c.__name__ for c in (CarnbError, ConfigError, DataError, DamagedFile)}
+OURS = {c.__name__ for c in (CarnbError, ConfigError, DataError, DamagedFile)} | {'LostRank'}
 NO_MEMORY = 'the kernel died, most likely for lack of memory: try a smaller batch_size, then a smaller img_size, then a smaller model'
 
 def failure(
@@ -247,19 +248,24 @@ def run_stage(
     asks:Requests|None=None, # what signals ask for; None: only Ctrl-C is listened to
 )->int: # exit code
     "Run the notebook of a stage; 0 when it ended well, `KeyboardInterrupt` when somebody asked to stop"
-    _announce(stage, params)
+    here = ranks()
+    if here.size > 1 and stage != 'train': raise ConfigError(f'carnb {stage}: expected one process, not {here.size}; only train has shares')
+    keep_ranks()
+    if here.first: _announce(stage, params)
     asks = asks or Requests()
-    shown = [Shown(sys.stdout), Shown(sys.stderr, mute=lambda: asks.times)]
+    shown = [Shown(sys.stdout, mute=lambda: not here.first), Shown(sys.stderr, mute=lambda: asks.times or not here.first)]
     job = NotebookRun(stage_notebook(stage_for(stage, params)), params, *shown)
     left = run_notebook(job, asks)
     for s in shown: s.close()
     name = getattr(job.error, 'ename', '')
+    told = job.error.evalue if name in ('Interrupted', 'LostRank') else ''
+    quiet = not here.first and name in ('Interrupted', 'OtherRank') # the first process says it
     if asks.times:
-        say(f'carnb {stage}: ' + (job.error.evalue if name == 'Interrupted' and job.error.evalue else 'interrupted'), shown)
+        if not quiet: say(f'carnb {stage}: {told or "interrupted"}', shown)
         raise KeyboardInterrupt('left' if left else '')
     if job.error is None: return 0
     if name in ('KeyboardInterrupt', 'Interrupted'):
-        say(f'carnb {stage}: {job.error.evalue or "interrupted"}', shown)
+        if not quiet: say(f'carnb {stage}: {job.error.evalue or "interrupted"}', shown)
         raise KeyboardInterrupt
-    say(f'carnb {stage}: {failure(job.error)}', shown)
+    if not quiet: say(f'carnb {stage}: {failure(job.error)}', shown)
     return 1

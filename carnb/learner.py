@@ -16,6 +16,7 @@ from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from fastcore.basics import AttrDict, noop
 from safetensors.torch import load_file
+from timm.layers import convert_sync_batchnorm
 from .data.items import Competition
 from .loaders.preprocess import find_preprocess
 from .loaders import make_dls
@@ -31,6 +32,8 @@ from .training.history import Classes, History, Progress
 from .training.schedules import LRSchedule
 from .training.trackers import make_trackers
 from .training.microbatches import MicroBatches
+from .training.ranks import first, several
+from .training.shares import FIRST_ONLY, ShareOfLoss, SumGradients, over_ranks, share_loaders
 from .training.callbacks import ProgressiveResize, SetEpoch, StopAfter, StopWithoutProgress
 from .metrics import METRICS, softmax
 from .problems import Problem
@@ -76,9 +79,10 @@ def _always(c, o): return True
 CALLBACKS = dict( # name: (is it on?, what it adds to the loop)
     order=(_always, lambda c,o: SetEpoch()),
     schedule=(_always, lambda c,o: LRSchedule(c.schedule, o.lrs, c.warmup, **c.schedule_options)),
-    accumulation=(_always, lambda c,o: MicroBatches(c.micro_batches)),
+    accumulation=(_always, lambda c,o: over_ranks(MicroBatches)(c.micro_batches)),
+    ranks=(lambda c,o: several(), lambda c,o: [ShareOfLoss(), SumGradients(c.seed)]),
     bar=(_always, lambda c,o: Progress()),
-    history=(_always, lambda c,o: History(o.run.path, c.metric, c, o.get('valid'))),
+    history=(_always, lambda c,o: over_ranks(History)(o.run.path, c.metric, c, o.get('valid'))),
     mixing=(lambda c,o: c.mixup or c.cutmix, lambda c,o: MixUpCutMix(c.mixup, c.cutmix)),
     freeze_epochs=(lambda c,o: c.freeze_epochs, lambda c,o: FreezeBody(c.freeze_epochs)),
     progressive=(lambda c,o: c.progressive < 1, lambda c,o: ProgressiveResize(c.progressive, multiple=size_multiple(c.timm_arch))),
@@ -88,7 +92,7 @@ CALLBACKS = dict( # name: (is it on?, what it adds to the loop)
     max_steps=(lambda c,o: c.max_steps, lambda c,o: StopAfter(c.max_steps)),
     precision=(lambda c,o: pick_precision(c.precision, o.device) != 'fp32', lambda c,o: Autocast(pick_precision(c.precision, o.device))),
     pictures=(_always, lambda c,o: PredictionGrid(o.run.path)),
-    checkpoints=(_always, lambda c,o: Checkpoints(o.run/'checkpoints', c.fold, c, c.checkpoint_minutes)),
+    checkpoints=(_always, lambda c,o: over_ranks(Checkpoints)(o.run/'checkpoints', c.fold, c, c.checkpoint_minutes)),
     tracking=(_always, lambda c,o: make_trackers(c.tracking, o.run.path, c)))
 
 # %% ../nbs/09f_learner.ipynb #le000h
@@ -172,13 +176,16 @@ def build_learner(
     device, problem, n = pick_device(cfg.device), problem_of(cfg), len(comp.classes)
     seed_everything(cfg.seed, cfg.deterministic)
     dls = problem.loaders(cfg, comp, device)
+    if several(): share_loaders(dls)
     model = problem.model(cfg, n, device)
+    if several() and cfg.get('sync_batchnorm'): model = convert_sync_batchnorm(model)
     loss = problem.loss(cfg, n, dls.train_ds.targets)
     cfg.micro_batches = micro_batches(cfg, n, device)
     groups = dict(head_lr_mult=cfg.head_lr_mult, layer_decay=None if cfg.layer_decay == 1 else cfg.layer_decay)
     learn = make_learner(dls, model, loss, cfg.optimizer, cfg.lr, cfg.weight_decay, **groups, path=run.path)
     _, lrs, _ = param_groups(model, cfg.lr, cfg.weight_decay, **groups)
-    learn.add_cbs(callbacks_of(cfg, AttrDict(run=run, lrs=lrs, device=device, valid=problem.valid(cfg)), problem.leaves_out))
+    leaves_out = (*problem.leaves_out, *(() if first() else FIRST_ONLY))
+    learn.add_cbs(callbacks_of(cfg, AttrDict(run=run, lrs=lrs, device=device, valid=problem.valid(cfg)), leaves_out))
     learn.remove_cbs([c for c in learn.cbs if type(c).__name__ == 'ProgressCallback'])
     learn.logger = noop # fastai's recorder stays, for lr_find; `History` prints
     return learn

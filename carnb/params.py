@@ -231,9 +231,10 @@ def fold_problems(
 # %% ../nbs/00a_params.ipynb #f89ab6e8
 NOT_IN_HASH = {
     'experiment', 'data_dir', 'fold', 'device', 'num_workers', 'tracking', 'folds_file', 'keep_checkpoints', 'cache_dir', 'memory_budget',
-    'resume', 'checkpoint_minutes', 'weight', 'micro_batches', 'fit_memory', 'cache_bytes', 'made_with', 'planned_epochs', 'layers'}
+    'resume', 'checkpoint_minutes', 'weight', 'micro_batches', 'fit_memory', 'cache_bytes', 'made_with', 'planned_epochs', 'layers',
+    'ranks'}
 FILES_IN_HASH = {'pretrained', 'merges'} # what the file holds counts, not where it lies
-YOUNGER = dict(detector={}, decode={}) # settings that came later -> the value at which all is as before; with it a run keeps its folder
+YOUNGER = dict(detector={}, decode={}, sync_batchnorm=False) # settings that came later -> the value at which all is as before; with it a run keeps its folder
 
 # %% ../nbs/00a_params.ipynb #pa000036
 @functools.cache

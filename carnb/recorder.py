@@ -8,6 +8,7 @@ __all__ = ['record_notebook']
 # %% ../nbs/00c_recorder.ipynb #re000003
 import contextlib, sys
 from .core import read_json, write_json, write_text
+from .ranks import ranks
 from .stages import stage_notebook
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def record_notebook(
 ):
     "Keep the executed notebook in the folder of the run, from inside its kernel; does nothing outside of one"
     global _recorder
+    if not ranks().first: return # of several processes one writes
     try: ip = get_ipython() # defined by IPython only
     except NameError: return
     if not hasattr(getattr(ip, 'kernel', None), 'session'): return

@@ -8,7 +8,7 @@ __all__ = ['KEEP_CHECKPOINTS', 'CHOSEN_FROM', 'CHOICES', 'LOOKED_UP', 'CHECKS', 
            'aspect_problems', 'name_problems', 'canvas_problems', 'option_examples', 'typed_options', 'unknown_options',
            'option_problems', 'reader_problems', 'check_train', 'train_config', 'split_given', 'loss_of',
            'loss_contradicts', 'soft_targets_contradict', 'head_contradicts', 'parts_contradict', 'canvas_contradicts',
-           'growth_contradicts', 'freezing_contradicts', 'check_resolved', 'laid', 'resolve']
+           'growth_contradicts', 'freezing_contradicts', 'ranks_contradict', 'check_resolved', 'laid', 'resolve']
 
 # %% ../nbs/09c_settings.ipynb #se0003
 from .core import CarnbError, ConfigError, did_you_mean  # before torch: see OMP_WAIT_POLICY there
@@ -20,6 +20,7 @@ from .machine import pick_device
 from .core import raise_problems, resolve_path, safe_name
 from .params import stage_config
 from .stages import stage_params
+from .ranks import ranks
 import inspect
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
@@ -267,10 +268,21 @@ def freezing_contradicts(cfg)->list[str]:
     if cfg.freeze_epochs < cfg.epochs: return []
     return [f'freeze_epochs: {cfg.freeze_epochs} of {cfg.epochs} epochs; the body would never learn']
 
+# %% ../nbs/09c_settings.ipynb #se00r0
+def ranks_contradict(cfg)->list[str]:
+    "What several processes, or several GPUs, cannot do"
+    n, problems = ranks().size, []
+    if cfg.get('sync_batchnorm') and pick_device(cfg.device).type != 'cuda':
+        problems.append(f'sync_batchnorm: only between GPUs, and device is {cfg.device}; set it to false')
+    if cfg.batch_size < n: problems.append(f'batch_size: {cfg.batch_size} for {n} processes; expected a photo for each at least')
+    if n > 1 and ':' in cfg.device: problems.append(f'device: {cfg.device} for {n} processes; say cuda, and each takes its own')
+    return problems
+
+
 # %% ../nbs/09c_settings.ipynb #4d249034
 CONTRADICTIONS = dict( # kind of problem -> resolved configuration -> list of sentences, each
     classes=(loss_contradicts, soft_targets_contradict, head_contradicts), text=TEXT_CONTRADICTIONS,
-    all=(parts_contradict, canvas_contradicts, growth_contradicts, freezing_contradicts))
+    all=(parts_contradict, canvas_contradicts, growth_contradicts, freezing_contradicts, ranks_contradict))
 
 def check_resolved(
     cfg, # with every value filled in

@@ -6,8 +6,8 @@
 __all__ = ['PRECISIONS', 'check_resolved', 'check_train', 'loss_of', 'option_examples', 'resolve', 'train_config',
            'typed_options', 'PredictionGrid', 'draw_predictions', 'plot_history', 'bare_model', 'build_learner',
            'device_memory', 'load_model', 'micro_batches', 'pick_precision', 'planned_step', 'check_experiment',
-           'damage_of', 'epochs_of', 'finished', 'fit_run', 'prepare', 'start_run', 'take_up', 'tiny_experiment',
-           'train_run', 'problem_of']
+           'damage_of', 'epochs_of', 'finished', 'fit_run', 'prepare', 'run_held', 'start_run', 'take_up',
+           'tiny_experiment', 'train_run', 'problem_of']
 
 # %% ../nbs/10_train.ipynb #0e29eecc
 from .machine import PRECISIONS, device_memory, pick_precision  # before torch: see OMP_WAIT_POLICY there
@@ -15,12 +15,12 @@ from .core import moved
 from .settings import check_resolved, check_train, loss_of, option_examples, resolve, train_config, typed_options
 from .pictures import PredictionGrid, draw_predictions, plot_history
 from .learner import bare_model, build_learner, load_model, micro_batches, planned_step, problem_of
-from .fit import check_experiment, damage_of, epochs_of, finished, fit_run, prepare, start_run, take_up, tiny_experiment, train_run
+from .fit import check_experiment, damage_of, epochs_of, finished, fit_run, prepare, run_held, start_run, take_up, tiny_experiment, train_run
 _all_ = [
     'PRECISIONS', 'check_resolved', 'check_train', 'loss_of', 'option_examples', 'resolve',
     'train_config', 'typed_options', 'PredictionGrid', 'draw_predictions', 'plot_history', 'bare_model', 'build_learner', 'device_memory',
     'load_model', 'micro_batches', 'pick_precision', 'planned_step', 'check_experiment', 'damage_of', 'epochs_of', 'finished', 'fit_run',
-    'prepare', 'start_run', 'take_up', 'tiny_experiment', 'train_run', 'problem_of']
+    'prepare', 'run_held', 'start_run', 'take_up', 'tiny_experiment', 'train_run', 'problem_of']
 
 # %% ../nbs/10_train.ipynb #ad100001
 __getattr__ = moved(__name__, training__schedules='SCHEDULE_OPTIONS') # an old address

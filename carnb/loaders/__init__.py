@@ -11,6 +11,7 @@ __all__ = ['loader_settings', 'balanced_weights', 'decode_size', 'PhotoLoaders',
 # %% ../../nbs/03g_loaders.ipynb #bae413f9
 from ..core import ConfigError  # before torch: see OMP_WAIT_POLICY there
 from ..core import moved
+from ..ranks import ranks
 import os
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -37,7 +38,7 @@ def loader_settings(
     num_workers:int|None=None, # None: by device
 )->AttrDict: # num_workers, pin_memory, persistent_workers
     "Loader settings that suit the device"
-    cpus, kind = os.cpu_count() or 1, torch.device(device).type
+    cpus, kind = (os.cpu_count() or 1)//ranks().local_size, torch.device(device).type
     auto = dict(cuda=min(8, max(2, cpus-1)), mps=0).get(kind, 2 if cpus > 2 else 0)
     n = auto if num_workers is None else num_workers
     return AttrDict(num_workers=n, pin_memory=kind == 'cuda', persistent_workers=n > 0)

@@ -12,7 +12,7 @@ import cv2, numpy as np, torch
 from fastai.data.core import TfmdDL
 from fastai.data.transforms import Normalize
 from fastcore.basics import patch
-from fastai.torch_core import TensorImage, to_device
+from fastai.torch_core import TensorImage, to_detach, to_device
 
 # %% ../../nbs/03e_loaders.batches.ipynb #e55b14aa
 def _empty(shape):
@@ -77,6 +77,7 @@ class PhotoDL(TfmdDL):
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, drop_last=drop_last, **kwargs)
         self.weights,self.seed,self.epoch,self.persistent = weights,seed,epoch,persistent_workers
         self.start_batch,self.batch = 0,0
+        self.rank,self.ranks = 0,1 # which rows of each batch are made here, see training.shares
         self._loader,self._slots = None,[]
     def new(self, dataset=None, cls=None, **kwargs):
         same = dataset is None or len(dataset) == len(self.dataset)
@@ -92,7 +93,7 @@ class PhotoDL(TfmdDL):
         idxs, key = self.get_idxs(), (self.dataset.split_idx, self.epoch)
         batches = [[(key, i) for i in idxs[s:s+self.bs]] for s in range(0, self.n, self.bs)]
         if self.drop_last and batches and len(batches[-1]) < self.bs: batches.pop()
-        return batches[self.start_batch:]
+        return self._own_rows(batches[self.start_batch:])
     def __iter__(self):
         self.plan = self._plan()
         self.before_iter()
@@ -106,10 +107,22 @@ class PhotoDL(TfmdDL):
         x = torch.stack([x.permute(1, 2, 0) for x,_ in b]).permute(0, 3, 1, 2)
         return TensorImage(x), self.dataset.target_type(self.dataset.stack([y for _,y in b]))
     def do_item(self, s): return self.dataset[s or 0]
+    def to_detach(self, b, cpu=True, gather=True):
+        "fastai would gather what its recorder notes; processes may have different numbers of batches"
+        return to_detach(b, cpu, False)
     def close(self):
         "End the workers; the next pass starts new ones"
         self._loader,self._slots = None,[]
     def __getstate__(self): return {**self.__dict__, '_loader': None, 'plan': None, '_slots': []}
+
+# %% ../../nbs/03e_loaders.batches.ipynb #lb14
+@patch
+def _own_rows(self:PhotoDL, batches):
+    "Of several processes each makes its rows of every batch"
+    if self.ranks == 1: return batches
+    rows = [b[len(b)*self.rank//self.ranks:len(b)*(self.rank+1)//self.ranks] for b in batches]
+    return [b for b in rows if b]
+
 
 # %% ../../nbs/03e_loaders.batches.ipynb #lb10
 @patch

@@ -60,6 +60,7 @@ def text_scores(
 class TextMaps:
     "Validation of a detector: maps of bytes, which are the out-of-fold predictions, and their scores"
     file = 'oof_maps.npz'
+    per_photo, counted = ('maps',), ('broken',) # lists of what batches gave, and counts: see training.shares
     second = 'val_iou' # the column that is shown beside the score
     hits = None # nothing is counted of training batches
     def __init__(self,

@@ -113,6 +113,7 @@ def save_oof(
 class Classes:
     "Scores of logits; they are the out-of-fold predictions"
     file = 'oof.npz'
+    per_photo, counted = ('logits', 'targets'), () # lists of what batches gave, and counts: see training.shares
     second = 'val_acc' # the column that is shown beside the score
     hits = staticmethod(hits) # what is counted of training batches; None: nothing
     def __init__(self,

@@ -7,6 +7,7 @@ __all__ = ['until_it_fits', 'whole_loss', 'MicroBatches']
 
 # %% ../../nbs/07f_training.microbatches.ipynb #7f000002
 from ..core import CarnbError  # before torch: see OMP_WAIT_POLICY there
+from ..ranks import ranks
 from ..machine import free_memory, is_out_of_memory
 import contextlib
 import torch
@@ -15,6 +16,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 from ..checkpoint import get_rng_state, set_rng_state
 from .loop import device_of, is_fit, loss_divisor
+from .ranks import everyones, several
 
 # %% ../../nbs/07f_training.microbatches.ipynb #7f000007
 def until_it_fits(
@@ -42,6 +44,15 @@ def _rehearsal(model):
         set_rng_state(state)
         for m,o in zip(norms, momenta): m.momentum = o
 
+# %% ../../nbs/07f_training.microbatches.ipynb #7f00a00a
+def _of_all(logits, yb):
+    "Logits and targets of all processes of this training, and which rows are this one's"
+    if not several(): return logits, yb, slice(None)
+    parts = everyones([o.as_subclass(torch.Tensor).cpu() for o in (logits, *yb)])
+    begin = sum(len(o[0]) for o in parts[:ranks().rank])
+    whole, *targets = [torch.cat(o).to(logits.device) for o in zip(*parts)]
+    return whole, targets, slice(begin, begin+len(logits))
+
 # %% ../../nbs/07f_training.microbatches.ipynb #ba539bc2
 def whole_loss(
     learn, # in the middle of a batch
@@ -53,10 +64,11 @@ def whole_loss(
     with torch.no_grad(), _rehearsal(learn.model):
         logits = torch.cat([learn.model(*[x[c] for x in xb]).float() for c in cuts])
     torch.clear_autocast_cache() # it holds weights that were cast without gradients
+    logits, yb, own = _of_all(logits, yb)
     logits.requires_grad_()
     loss = learn.loss_func(logits, *yb)
     grad, = torch.autograd.grad(loss, logits)
-    return loss.detach(), grad
+    return loss.detach(), grad[own]
 
 # %% ../../nbs/07f_training.microbatches.ipynb #7b20c4e2
 class MicroBatches(Callback):

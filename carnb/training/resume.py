@@ -17,7 +17,7 @@ from ..checkpoint import changed_settings, get_rng_state, read_last_checkpoint, 
 from .loop import batch_at, is_fit
 
 # %% ../../nbs/07a_training.resume.ipynb #7a000006
-TAKEN = ('model', 'optimizer', 'epoch', 'batch', 'train_iter', 'rng') # names in a checkpoint that no callback can have
+TAKEN = ('model', 'optimizer', 'epoch', 'batch', 'train_iter', 'rng', 'ranks') # names in a checkpoint that no callback can have
 
 # %% ../../nbs/07a_training.resume.ipynb #7a000007
 def stateful(
@@ -115,12 +115,15 @@ class Checkpoints(Callback):
         t0, history = time.perf_counter(), getattr(self.learn, 'history', None)
         rows, best = (history.rows, history.best) if history else ([], None)
         metrics, is_best = dict(rows[-1]) if rows else {}, not batch and bool(best) and best['epoch'] == epoch
-        state = training_state(self.learn, epoch, batch)
+        state = self.state_of(epoch, batch)
         about = dict(model_name=self.cfg.get('arch', ''), metrics=metrics, config=dict(self.cfg), is_best=is_best, batch=batch)
-        try: save_checkpoint(self.folder, self.fold, epoch, state, self.learn.train_iter, keep_last=self.keep_last, **about)
-        except OSError as e: tqdm.write(f'no checkpoint: {disk_message(e, self.folder)}')
+        self.write(epoch, state, **about)
         self.last = time.monotonic()
         self.seconds += time.perf_counter()-t0
+    def state_of(self, epoch, batch): return training_state(self.learn, epoch, batch)
+    def write(self, epoch, state, **about):
+        try: save_checkpoint(self.folder, self.fold, epoch, state, self.learn.train_iter, keep_last=self.keep_last, **about)
+        except OSError as e: tqdm.write(f'no checkpoint: {disk_message(e, self.folder)}')
     def after_batch(self):
         if not self.training: return
         due = time.monotonic()-self.last >= 60*self.minutes
