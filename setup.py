@@ -30,7 +30,7 @@ setup(
     packages=find_packages(include=[cfg['lib_path'], f"{cfg['lib_path']}.*"]), python_requires=f">={cfg['min_python']}",
     package_data={'': ['*.yaml', '*.json', '*.npz', '*.safetensors']}, cmdclass={'build_py': WithNotebooks},
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={name: cfg[f'{name}_requirements'].split() for name in ('dev', 'cluster')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     long_description=readme.read_text(encoding='utf8') if readme.exists() else '', long_description_content_type='text/markdown',
     zip_safe=False,

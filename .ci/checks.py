@@ -327,6 +327,7 @@ def run_books(report, bin, env, slow):
                 if flag in SLOW and flag not in slow.split(): left.setdefault((short(p), flag), []).append(c)
     for (name, flag), cells in left.items(): report.add(f'{name}, cells marked {flag}', 0, skip=f'{len(cells)} not run' + ('' if flag == 'notest' else ' (make test-all)' if not slow else ''))
     if shutil.which('chromium') is None: report.add('a bar in JupyterLab', 0, skip='no chromium on PATH')
+    if not has_ray(bin, env): report.add('a Ray of two nodes (nbs/tests/ray.ipynb)', 0, skip="Ray is not installed: pip install 'carnb[cluster]'")
     if not os.environ.get('CARNB_CLEVAL'): report.add('CLEval beside its package', 0, skip='CARNB_CLEVAL names no Python that has cleval')
     if not (ROOT.parent/'shared'/'data').is_dir(): report.add('real photos', 0, skip='no photos in ../shared/data; the drawn competition stood in for them')
 
@@ -343,6 +344,8 @@ def run_process_tests(report, bin, env, slow):
     for f in named('_alone'): one(f)
     with ThreadPoolExecutor(WORKERS) as pool: list(pool.map(one, [f for f in found if f not in named('_alone', '_long')]))
     for f in named('_long'): one(f)
+
+def has_ray(bin, env): return command([bin/'python', '-c', 'import sys, importlib.util as u; sys.exit(u.find_spec("ray") is None)'], env)[0] == 0
 
 def has_gpu(bin, env): return command([bin/'python', '-c', 'import sys, torch; sys.exit(not torch.cuda.is_available())'], env)[0] == 0
 

@@ -14,6 +14,7 @@ from .engines.forks import ForkServer
 from .engines.local import LOCAL, spawn
 from .engines.loop import run_cells
 from .engines.plan import disk_need, disk_of, free_space, plan_grid, plan_steps, resolve_cells
+from .engines.ray.launch import ray_engine
 _all_ = ['GIVEN_BY_NAME', 'disk_need', 'disk_of', 'free_space', 'grid_cells', 'plan_grid', 'plan_steps', 'resolve_cells']
 
 # %% ../nbs/11_grid.ipynb #gr000012
@@ -27,7 +28,7 @@ def forked_cells(
         with ForkServer() as forks: yield forks.spawn
 
 # %% ../nbs/11_grid.ipynb #gr000040
-ENGINES = dict(local=LOCAL._replace(begin=forked_cells)) # name -> `Engine`
+ENGINES = dict(local=LOCAL._replace(begin=forked_cells), ray=ray_engine()) # name -> `Engine`
 
 # %% ../nbs/11_grid.ipynb #8813c223
 def check_grid(
